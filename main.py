@@ -1,0 +1,1253 @@
+"""Train a masked diffusion language model on raw bytes and watch it learn: one file, meant to be read from top to bottom.
+
+    python main.py                                        train on train.txt, validate on validation.txt
+    tensorboard --logdir=runs                             watch the run
+    python main.py --model_dim 256 --max_steps 5000       every field of CONFIG is a flag
+    python main.py --resume auto                          go on with the newest run
+    python main.py generate --prompt "ROMEO:" --watch     sample from the newest run and see the text crystallize
+    python main.py evaluate                               the likelihood bound of the newest run
+    torchrun --nproc_per_node=8 main.py                   the same training on eight GPUs
+
+The idea: hide k of the L bytes of a text behind a MASK, let a bidirectional transformer predict all of them at once,
+and train it for every k from 1 to L. Such a model writes by starting from nothing but MASK and uncovering it bit by bit.
+
+Shapes: B sequences, L bytes each, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values.
+
+LLaDA  arXiv 2502.09992   the recipe: masked diffusion with a plain transformer, and its sampler
+MDLM   arXiv 2406.07524   the same objective, derived as a continuous-time evidence bound
+MD4    arXiv 2406.04329   the same objective, derived as a weighted integral of cross-entropies
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn import RMSNorm  # x / sqrt(mean(x^2) + eps) * weight
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+PAD, MASK, UNK = 256, 257, 258  # special ids of the input embedding; the output has 256 classes and cannot produce them
+NUM_BYTES, NUM_TOKENS = 256, 259
+BITS_PER_NAT = 1 / math.log(2)
+
+
+class InputError(ValueError):
+    """Something the user can put right. `main` prints it as one line and exits with code 2, without a traceback."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on. `main` prints it as one line and exits with code 1."""
+
+
+# ======================================================================================================================
+# CONFIG: edit a default here, or give the flag of the same name
+# ======================================================================================================================
+
+
+def by_size(cpu, gpu):
+    """A field with two defaults: one for training on a CPU, one for a GPU."""
+    return dataclasses.field(default=None, metadata={"cpu": cpu, "gpu": gpu})
+
+
+@dataclass
+class CONFIG:
+    """All settings of a run, checked on creation.
+
+    Raises:
+        InputError: names the field, what is wrong with it and what it accepts.
+    """
+
+    # The two default sizes: 0.8 M parameters for ten minutes on a laptop, 10.7 M for a GPU
+    model_dim: int = by_size(cpu=128, gpu=384)  # [D] width of the residual stream
+    num_layers: int = by_size(cpu=4, gpu=6)  # transformer blocks
+    num_heads: int = by_size(cpu=4, gpu=6)  # [H] attention heads; model_dim / num_heads must be even for RoPE
+    kv_latent_dim: int = by_size(cpu=64, gpu=256)  # [R] latent from which keys and values are decompressed
+    ffn_dim: int = by_size(cpu=352, gpu=1024)  # hidden width of the feed-forward network, usually 8/3 of model_dim
+    max_length: int = by_size(cpu=128, gpu=256)  # [L] bytes of context
+    batch_size: int = by_size(cpu=16, gpu=64)  # [B] sequences per process and micro-batch
+    learning_rate: float = by_size(cpu=3e-3, gpu=1e-3)  # peak, after the warm-up
+    max_steps: int = by_size(cpu=4000, gpu=10000)  # optimizer steps of the whole run
+    ema_decay: float = by_size(cpu=0.99, gpu=0.999)  # of the averaged weights that are evaluated and sampled from
+    dropout: float = by_size(cpu=0.0, gpu=0.1)  # after each attention and feed-forward; many epochs need some
+    validate_every: int = by_size(cpu=500, gpu=1000)  # steps between validations
+    validation_bytes: int = by_size(cpu=32768, gpu=524288)  # at most this much of the validation text each time
+
+    # Data
+    train_data_file: str = "train.txt"  # training text, any bytes; a starter corpus is written if it is missing
+    validation_data_file: str = "validation.txt"  # if missing, the last 5 % of the training text are held out
+    random_length_prob: float = 0.01  # share of steps on shorter sequences, so that the model knows short texts too
+    num_workers: int = 0  # DataLoader processes; 0 reads in the training process, fast enough from a local disk
+
+    # Model
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
+
+    # Optimization
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
+    gradient_clip_val: float = 1.0  # largest global gradient norm
+    weight_decay: float = 0.1  # decoupled, on matrices only
+    warmup_steps: int = 100  # linear rise of the learning rate, before its linear decay to zero
+    max_minutes: float = 0.0  # end by the clock, learning rate decayed by then; 0: only max_steps counts
+
+    # Sampling
+    inference_steps: int = 64  # forward passes per response
+    temperature: float = 0.7  # of the byte distribution; 0 takes the most probable byte
+    remasking: str = "low_confidence"  # which predictions stay masked at each step: low_confidence or random
+    block_length: int = 0  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
+    num_samples: int = 3  # prompts from the validation text that each validation continues
+
+    # Run
+    name: str = "diffusion"  # the run's folder is runs/NAME_TIME
+    seed: int = 0  # of the weights, the data order and the masks
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    amp_dtype: str = "auto"  # bf16, fp16 (with a GradScaler) or fp32; auto: bf16 where the GPU has it, fp32 on a CPU
+    compile: bool = True  # torch.compile; without a C++ compiler the run warns once and goes on without
+    checkpoint_every: int = 500  # steps between checkpoints
+    log_every: int = 10  # steps between points in TensorBoard
+
+    def __post_init__(self):
+        self.device = resolve_device(self.device)
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None and field.metadata:
+                setattr(self, field.name, field.metadata["cpu" if self.device == "cpu" else "gpu"])
+            setattr(self, field.name, check_type(field.name, getattr(self, field.name), field.type))
+        if self.amp_dtype == "auto":
+            on_cuda = self.device.startswith("cuda")
+            has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.amp_dtype = "bf16" if has_bf16 else "fp16" if on_cuda else "fp32"
+        at_least_0 = "num_workers weight_decay warmup_steps max_minutes temperature block_length num_samples seed"
+        below_1 = "dropout ema_decay random_length_prob"
+        choices = {"remasking": ("low_confidence", "random"), "amp_dtype": tuple(AMP_DTYPES)}
+        for name, value in vars(self).items():
+            if name in choices:
+                require(value in choices[name], name, value, "one of " + ", ".join(choices[name]))
+            elif name in below_1.split():
+                require(0 <= value < 1, name, value, "at least 0 and below 1")
+            elif name in at_least_0.split():
+                require(value >= 0, name, value, "0 or more")
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                require(value > 0, name, value, "above 0")
+        head_dim = self.model_dim / self.num_heads
+        require(
+            head_dim % 2 == 0, "num_heads", self.num_heads, f"so that model_dim={self.model_dim} / num_heads is even"
+        )
+        fits = self.max_length <= self.rope_max_length_buffer
+        require(fits, "max_length", self.max_length, f"at most rope_max_length_buffer={self.rope_max_length_buffer}")
+        plain_name = re.fullmatch(r"[^/\\\0]+", self.name) and self.name not in (".", "..")
+        require(plain_name, "name", self.name, "a plain folder name without slashes")
+
+
+AMP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def require(condition, name, value, accepted):
+    if not condition:
+        raise InputError(f"{name}={value!r} is not possible: it must be {accepted}")
+
+
+def check_type(name, value, expected):
+    """`value` as the field's type; an int passes for a float, nothing else is converted."""
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected or (expected is float and not math.isfinite(value)):
+        raise InputError(f"{name}={value!r} is not possible: it must be of type {expected.__name__} and finite")
+    return value
+
+
+def resolve_device(name):
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    require(re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(name)), "device", name, "auto, cpu, cuda, cuda:N or mps")
+    missing = name.startswith("cuda") and torch.device(name).index or 0
+    if name.startswith("cuda") and missing >= torch.cuda.device_count():
+        raise InputError(
+            f"device={name!r} is not there: this torch sees {torch.cuda.device_count()} CUDA GPUs; use cpu"
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device='mps' is not there: this torch sees no Apple GPU; use cpu")
+    return name
+
+
+# ======================================================================================================================
+# Data: a file of bytes becomes batches of x0 [B, L]
+# ======================================================================================================================
+
+
+class ByteLevelTextDataset(Dataset):
+    """Sequences of `max_length` bytes of a file, as int64 tensors [max_length] with values 0..255 (and PAD).
+
+    The file is mapped into memory, so its size does not matter. With a `seed`, index i is the i-th sequence of an
+    endless stream of epochs: each epoch cuts the file anew, at a random phase (the file is taken as a circle), and
+    visits the pieces in a pseudo-random order that takes no memory. With `seed=None` the pieces come in file order.
+    Either way each epoch of `len(self)` sequences holds every byte exactly once; the remainder of the file makes one
+    shorter sequence, filled up with PAD.
+
+    Args:
+        start, stop: the range of bytes of the file to use (default: all of it).
+
+    Raises:
+        InputError: the file is missing, unreadable or shorter than `max_length`.
+    """
+
+    def __init__(self, path, max_length, seed=None, start=0, stop=None):
+        self.path, self.max_length, self.seed, self.start, self.stop = str(path), max_length, seed, start, stop
+        num_bytes = len(range(file_size(path))[start:stop])
+        if num_bytes < max_length:
+            raise InputError(
+                f"{path}: {num_bytes:,} bytes are less than one sequence of max_length={max_length:,}; "
+                "add text or lower --max_length"
+            )
+        self.bytes = np.memmap(path, dtype=np.uint8, mode="r")[start:stop]
+
+    def __reduce__(self):  # a DataLoader worker opens the file anew instead of receiving a copy of its content
+        return ByteLevelTextDataset, (self.path, self.max_length, self.seed, self.start, self.stop)
+
+    def __len__(self):
+        return math.ceil(len(self.bytes) / self.max_length)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index):
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices):
+        """The batch [B, max_length] of these indices; torch's DataLoader prefers this method."""
+        epochs, pieces = np.divmod(np.asarray(indices), len(self))
+        phases = np.zeros_like(pieces)
+        if self.seed is not None:
+            for epoch in np.unique(epochs):
+                *keys, phase = np.random.SeedSequence([self.seed, epoch]).generate_state(5, np.uint64)
+                phases[epochs == epoch] = phase % len(self.bytes)
+                pieces[epochs == epoch] = permute(pieces[epochs == epoch], len(self), keys)
+        offsets = pieces[:, None] * self.max_length + np.arange(self.max_length)  # [B, L]
+        x0 = self.bytes[(phases[:, None] + offsets) % len(self.bytes)].astype(np.int64)
+        x0[offsets >= len(self.bytes)] = PAD
+        return torch.from_numpy(x0)
+
+
+def permute(index, size, keys):
+    """A pseudo-random bijection of range(size) without a table: a Feistel network over the next power of four, repeated
+    for the few indices that leave the range (Luby and Rackoff 1988; cycle walking as in Black and Rogaway 2002)."""
+    half = np.uint64(max(1, math.ceil((size - 1).bit_length() / 2)))
+    low_bits = (np.uint64(1) << half) - np.uint64(1)
+    index = index.astype(np.uint64)
+    outside = np.ones(index.shape, bool)
+    while outside.any():
+        left, right = index[outside] >> half, index[outside] & low_bits
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps at 2^64
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ (mixed >> np.uint64(32)) & low_bits
+        index[outside] = left << half | right
+        outside = index >= size
+    return index.astype(np.int64)
+
+
+def file_size(path):
+    try:
+        if Path(path).is_dir():
+            raise InputError(f"{path}: is a folder; give a text file")
+        with open(path, "rb") as file:
+            return file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+
+def write_starter_corpus(config):
+    """If there is neither training nor validation text, write real English that every CPython carries, the language
+    reference; a tenth of its topics is held out. Only files of the default names are ever made, and none overwritten."""
+    paths = Path(config.train_data_file), Path(config.validation_data_file)
+    if rank() == 0 and paths == (Path("train.txt"), Path("validation.txt")) and not any(p.exists() for p in paths):
+        from pydoc_data.topics import topics
+
+        texts = sorted({text.strip() for text in topics.values()})
+        held_out = texts[5::10]
+        for path, part in zip(paths, ([t for t in texts if t not in held_out], held_out)):
+            with open(path, "xb") as file:  # x: fails if the file exists
+                file.write("\n\n\n".join(part).encode())
+            say(
+                f"wrote {path}: {file_size(path):,} bytes of Python's language reference, until you put your own text there"
+            )
+    agree(0)  # the other processes wait for the files
+
+
+def open_datasets(config):
+    """The (training, validation) datasets of a run."""
+    train_path, validation_path = Path(config.train_data_file), Path(config.validation_data_file)
+    if validation_path.exists():
+        validation_set = ByteLevelTextDataset(validation_path, config.max_length)
+        return ByteLevelTextDataset(train_path, config.max_length, config.seed), validation_set
+    split = file_size(train_path) * 95 // 100
+    say(f"{validation_path} does not exist: the last 5 % of {train_path} are held out for validation")
+    train_set = ByteLevelTextDataset(train_path, config.max_length, config.seed, stop=split)
+    return train_set, ByteLevelTextDataset(train_path, config.max_length, start=split)
+
+
+def batch_indices(config, first_step):
+    """Indices of each micro-batch of this process, in order, without end.
+
+    The global batch of a step is one range of indices, whatever the number of processes and of micro-batches that
+    share it: row (micro * world_size + rank) * batch_size + b.
+    """
+    for micro_batch in itertools.count(first_step * config.gradient_accumulation_steps):
+        first = (micro_batch * world_size() + rank()) * config.batch_size
+        yield range(first, first + config.batch_size)
+
+
+def derive_seed(*numbers):
+    """One 63-bit seed from several numbers, such as (seed, step): each step's randomness is a function of its number,
+    so a resumed run draws what the uninterrupted one would have drawn, with no generator state to save."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+# ======================================================================================================================
+# Model: predicts every byte of a partly masked sequence at once
+# ======================================================================================================================
+
+
+def rope_table(length, head_dim, theta):
+    """freqs_cis [length, d/2, 2]: cosine and sine of position * theta^(-2i/d) (RoFormer, arXiv 2104.09864)."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    angles = torch.outer(torch.arange(length).double(), frequencies)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def apply_rope(x, freqs_cis):
+    """Rotate the pairs (i, i + d/2) of x [B, H, L, d] by their position's angle, freqs_cis [L, d/2, 2]."""
+    cos, sin = freqs_cis.to(x.dtype).unbind(-1)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+class SimplifiedMLAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) at its simplest: keys and values are decompressed from
+    one small latent per position; queries are direct, and RoPE turns whole heads. Bidirectional."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, R, self.num_heads = config.model_dim, config.kv_latent_dim, config.num_heads
+        self.wq = nn.Linear(D, D, bias=False)
+        self.w_latent = nn.Linear(D, R, bias=False)
+        self.wk = nn.Linear(R, D, bias=False)
+        self.wv = nn.Linear(R, D, bias=False)
+        self.wo = nn.Linear(D, D, bias=False)
+
+    def forward(self, x, freqs_cis, attention_mask=None):
+        latent = self.w_latent(x)  # [B, L, R]
+        q, k, v = (
+            projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, L, d]
+            for projected in (self.wq(x), self.wk(latent), self.wv(latent))
+        )
+        q, k = apply_rope(q, freqs_cis), apply_rope(k, freqs_cis)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        return self.wo(out.transpose(1, 2).flatten(-2))  # [B, L, D]
+
+
+class FeedForward(nn.Module):
+    """Gated as in GLU variants (arXiv 2002.05202), with Mish (arXiv 1908.08681) as the gate."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w1 = nn.Linear(config.model_dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.model_dim, bias=False)
+        self.w3 = nn.Linear(config.model_dim, config.ffn_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.mish(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.model_dim)
+        self.attention = SimplifiedMLAttention(config)
+        self.ffn_norm = RMSNorm(config.model_dim)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, freqs_cis, attention_mask=None):
+        x = x + self.dropout(self.attention(self.attention_norm(x), freqs_cis, attention_mask))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+class MaskPredictor(nn.Module):
+    """The transformer of the masked diffusion model. It sees no time: the number of MASKs tells it as much."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(NUM_TOKENS, config.model_dim)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.model_dim)
+        self.output = nn.Linear(config.model_dim, NUM_BYTES, bias=False)
+        table = rope_table(config.rope_max_length_buffer, config.model_dim // config.num_heads, config.rope_theta)
+        self.register_buffer("freqs_cis", table, persistent=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("wo.weight", "w2.weight", "output.weight")):
+                nn.init.zeros_(parameter)  # each block starts as the identity, the first prediction is uniform: 8 bits
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+    def forward(self, tokens, attention_mask=None):
+        """Logits of the byte at each position.
+
+        Args:
+            tokens: int64 [B, L], bytes 0..255 and special ids.
+            attention_mask: bool [B, L], False where nothing may be seen. By default PAD is not seen, except in compiled
+                code, which cannot look: there a batch with PAD needs its mask.
+
+        Returns:
+            float32 [B, L, 256].
+
+        Raises:
+            InputError: L exceeds rope_max_length_buffer.
+        """
+        length, longest = tokens.shape[1], self.freqs_cis.shape[0]
+        if length > longest:
+            raise InputError(f"a sequence of {length} bytes exceeds rope_max_length_buffer={longest}; raise that field")
+        if attention_mask is None and not torch.compiler.is_compiling() and (tokens == PAD).any():
+            attention_mask = tokens != PAD
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, L], the same for all heads and queries
+        x = self.tok_embeddings(tokens)  # [B, L, D]
+        for layer in self.layers:
+            x = layer(x, self.freqs_cis[:length], attention_mask)
+        return self.output(self.norm(x)).float()  # [B, L, 256]
+
+
+# ======================================================================================================================
+# The diffusion objective
+# ======================================================================================================================
+
+
+def draw_noise(num_rows, length, generator):
+    """All the randomness of masking a batch: t [num_rows], one quantile in [0, 1) per sequence, stratified over the rows
+    so that every batch covers all mask ratios evenly, and scores [num_rows, length], which rank the positions."""
+    u = torch.rand(1, generator=generator, device=generator.device)
+    t = (torch.arange(num_rows, device=generator.device) + u) / num_rows
+    return t, torch.rand(num_rows, length, generator=generator, device=generator.device)
+
+
+def mask_bytes(x0, t, scores):
+    """The forward process: replace exactly k = 1 + floor(length * t) bytes of each sequence by MASK, those with the
+    lowest scores. PAD is no byte and stays. Returns xt [B, L] int64 and is_masked [B, L] bool."""
+    is_byte = x0 != PAD
+    lengths = is_byte.sum(dim=1)
+    num_masked = torch.minimum(1 + (lengths * t).long(), lengths)  # [B]; the minimum guards t rounded up to 1
+    ranks = scores.masked_fill(~is_byte, 2.0).argsort(dim=1).argsort(dim=1)
+    is_masked = ranks < num_masked[:, None]
+    return x0.masked_fill(is_masked, MASK), is_masked
+
+
+def sequence_losses(model, x0, t, scores, attention_mask=None):
+    """Mean cross-entropy, in nats, of the masked bytes of each sequence: [B]."""
+    xt, is_masked = mask_bytes(x0, t, scores)
+    logits = model(xt, attention_mask)  # [B, L, 256]
+    targets = x0.masked_fill(~is_masked, -100)  # -100: no loss
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    return cross_entropy.view_as(x0).sum(dim=1) / is_masked.sum(dim=1).clamp(min=1)
+
+
+def masked_diffusion_loss(model, x0, t=None, scores=None, attention_mask=None):
+    """The negative evidence lower bound, an upper bound of -log p(x0) / L.
+
+    LLaDA eq. 3, MDLM eq. 10 and MD4 eq. 5 write it as E_t[(1/t) sum of masked cross-entropies], t ~ U(0, 1), each byte
+    masked with probability t. Group the draws by their number k of masks: the integral of Binomial(k; L, t) / t over t
+    is 1/k for every k, so the same bound per byte is
+
+        E_{k ~ Uniform{1..L}}  E_{masks of k bytes}  [ mean cross-entropy of the k masked bytes ]
+
+    which has no 1/t to blow up. The mean is taken within each sequence, then over the sequences; dividing by the number
+    of masks in the whole batch would be another objective.
+
+    Args:
+        model: maps int64 [B, L] to logits [B, L, 256].
+        x0: int64 [B, L], clean bytes, PAD where a sequence is shorter.
+        t, scores: the noise, see `draw_noise`; drawn by way of torch's default generator if not given.
+        attention_mask: for the model, see `MaskPredictor.forward`.
+
+    Returns:
+        scalar, nats per byte.
+    """
+    if t is None:
+        generator = torch.Generator(x0.device).manual_seed(int(torch.randint(2**62, ())))
+        t, scores = draw_noise(*x0.shape, generator)
+    return sequence_losses(model, x0, t, scores, attention_mask).mean()
+
+
+# ======================================================================================================================
+# Sampler: from MASKs to text
+# ======================================================================================================================
+
+
+def add_gumbel_noise(logits, temperature, generator):
+    """Logits whose argmax is a sample from softmax(logits / temperature); in float64 where the device has it, since
+    float32 noise silently lowers the temperature (arXiv 2409.02908)."""
+    if temperature == 0:
+        return logits
+    if logits.device.type != "mps":
+        logits = logits.double()
+    noise = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
+    return logits - temperature * torch.log(-torch.log(noise))
+
+
+def choose_positions(candidates, confidence, num_commits):
+    """The `num_commits` candidates (bool [L]) of highest confidence [L], as bool [L]."""
+    chosen = confidence.masked_fill(~candidates, -torch.inf).topk(num_commits).indices
+    return torch.zeros_like(candidates).index_fill(0, chosen, True)
+
+
+@torch.no_grad()
+def denoise(model, canvas, config, generator):
+    """Fill every MASK of canvas [L] in place, as LLaDA's algorithm 5 does; yields the canvas after each step.
+
+    The masked stretch is cut into blocks, filled from left to right. Each step predicts all MASKs, draws a byte for each
+    and commits some of the block's: its masks divided by its steps, the remainder spread over the first steps.
+    """
+    holes = (canvas == MASK).nonzero().flatten().tolist()
+    if not holes:
+        return
+    first, stop = holes[0], holes[-1] + 1
+    block_length = config.block_length or stop - first
+    blocks = range(first, stop, block_length)
+    steps = max(1, config.inference_steps // len(blocks))
+    for start in blocks:
+        in_block = torch.zeros_like(canvas, dtype=torch.bool)
+        in_block[start : min(start + block_length, stop)] = True
+        commits, remainder = divmod(int((in_block & (canvas == MASK)).sum()), steps)
+        for step in range(steps):
+            num_commits = commits + (step < remainder)
+            if num_commits == 0:
+                break
+            logits = model(canvas[None])[0]  # [L, 256]
+            prediction = add_gumbel_noise(logits, config.temperature, generator).argmax(dim=-1)
+            if config.remasking == "low_confidence":
+                confidence = logits.softmax(dim=-1).gather(-1, prediction[:, None])[:, 0]
+            else:
+                confidence = torch.rand(len(canvas), generator=generator, device=canvas.device)
+            chosen = choose_positions(in_block & (canvas == MASK), confidence, num_commits)
+            canvas[chosen] = prediction[chosen]
+            yield canvas
+
+
+def run_conditional_diffusion_inference(model, prompt, response_length, config, suffix="", seed=None, on_step=None):
+    """Write `response_length` bytes after `prompt`, and before `suffix` if there is one (infilling).
+
+    Args:
+        prompt, suffix: str or bytes; they stay as they are.
+        config: inference_steps, temperature, remasking and block_length are used.
+        seed: of the sampling noise; default config.seed.
+        on_step: called with the canvas [L] int64 after each step.
+
+    Returns:
+        prompt, response and suffix as one text, invalid UTF-8 replaced by U+FFFD.
+
+    Raises:
+        InputError: the whole is longer than rope_max_length_buffer, or response_length is negative.
+    """
+    prompt, suffix = (s.encode(errors="surrogateescape") if isinstance(s, str) else s for s in (prompt, suffix))
+    require(response_length >= 0, "response_length", response_length, "0 or more")
+    total = len(prompt) + response_length + len(suffix)
+    if total > config.rope_max_length_buffer:
+        raise InputError(
+            f"prompt ({len(prompt)}) + response_length ({response_length}) + suffix ({len(suffix)}) = {total} bytes "
+            f"exceed rope_max_length_buffer={config.rope_max_length_buffer}; shorten one of them"
+        )
+    device = next(model.parameters()).device
+    canvas = torch.tensor([*prompt, *[MASK] * response_length, *suffix], dtype=torch.int64, device=device)
+    generator = torch.Generator(device).manual_seed(config.seed if seed is None else seed)
+    with evaluation_mode(model):
+        for state in denoise(model, canvas, config, generator):
+            if on_step:
+                on_step(state)
+    return bytes(canvas.tolist()).decode(errors="replace")
+
+
+@contextmanager
+def evaluation_mode(model):
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class LiveView:
+    """Shows a canvas in place in a terminal: masks as dim dots. Silent where the output is no terminal."""
+
+    def __call__(self, canvas):
+        if sys.stdout.isatty():
+            dot = "·" if "NO_COLOR" in os.environ else "\x1b[2m·\x1b[0m"
+            runs = itertools.groupby(canvas.tolist(), key=lambda token: token == MASK)
+            text = "".join(
+                dot * len(list(tokens)) if masked else bytes(tokens).decode(errors="replace") for masked, tokens in runs
+            )
+            print("\x1b[H\x1b[2J" + text, flush=True)
+
+
+# ======================================================================================================================
+# Evaluation
+# ======================================================================================================================
+
+
+@torch.no_grad()
+def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
+    """The bound of `masked_diffusion_loss` over a whole text, cut into non-overlapping chunks, one mask each.
+
+    The noise is a function of `seed` alone, so that two calls agree and two models are compared on the same masks.
+    All processes of a distributed run take part and get the same result.
+
+    Args:
+        dataset: a ByteLevelTextDataset in file order (seed=None).
+        max_bytes: if above 0, at most so many bytes, in chunks spread evenly over the text.
+
+    Returns:
+        (mean, standard error) in bits per byte: total bits over total bytes, and how far chance (of the text's chunks
+        and of the masks) may have moved it; nan if there is one chunk only.
+    """
+    device = next(model.parameters()).device
+    num_chunks = len(dataset) if not max_bytes else min(len(dataset), math.ceil(max_bytes / dataset.max_length))
+    chunks = np.arange(num_chunks) * len(dataset) // num_chunks
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same masks whatever the device
+    t, _ = draw_noise(num_chunks, 0, generator)
+    t = t[torch.randperm(num_chunks, generator=generator)]
+    losses, lengths = torch.zeros(num_chunks, dtype=torch.double), torch.zeros(num_chunks, dtype=torch.double)
+    with evaluation_mode(model):
+        for number, rows in enumerate(torch.arange(num_chunks).split(batch_size)):
+            scores = torch.rand(len(rows), dataset.max_length, generator=generator)
+            if number % world_size() == rank():
+                x0 = dataset.__getitems__(chunks[rows])
+                lengths[rows] = (x0 != PAD).sum(dim=1).double()
+                batch = (tensor.to(device) for tensor in (x0, t[rows], scores))
+                losses[rows] = sequence_losses(model, *batch).double().cpu() * BITS_PER_NAT
+    if dist.is_initialized():
+        both = torch.stack([losses, lengths]).to(device)
+        dist.all_reduce(both)
+        losses, lengths = both.cpu()
+    mean = (losses * lengths).sum() / lengths.sum()
+    spread = ((losses - mean) * lengths).square().sum().sqrt() / lengths.sum()
+    return mean.item(), spread.item() if num_chunks > 1 else math.nan
+
+
+def continue_validation_prompts(model, dataset, config):
+    """Cut prompts at evenly spaced places of the validation text and continue them: a list of
+    (prompt, response, true continuation), five eighths of max_length prompt, three eighths response."""
+    prompt_length = config.max_length * 5 // 8
+    for number in range(config.num_samples):
+        x0 = bytes(b for b in dataset[len(dataset) * number // config.num_samples].tolist() if b != PAD)
+        prompt, truth = x0[:prompt_length], x0[prompt_length:]
+        text = run_conditional_diffusion_inference(model, prompt, len(truth), config)
+        shown_prompt = prompt.decode(errors="replace")
+        yield shown_prompt, text.removeprefix(shown_prompt), truth.decode(errors="replace")
+
+
+# ======================================================================================================================
+# Optimizer and schedule
+# ======================================================================================================================
+
+
+def build_optimizer(model, config):
+    """AdamW (arXiv 1711.05101); weight decay on matrices only, not on the gains of the norms."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate_scale(config, step, minutes):
+    """Factor of the peak learning rate: linear warm-up, then linear decay to zero at max_steps or max_minutes, whichever
+    comes first. A function of the step and the clock alone, hence nothing to save or to restore."""
+    progress = max(step / config.max_steps, minutes / config.max_minutes if config.max_minutes else 0.0)
+    return min(1.0, (step + 1) / (config.warmup_steps + 1)) * max(0.0, 1.0 - progress)
+
+
+# ======================================================================================================================
+# Checkpoints
+# ======================================================================================================================
+
+CHECKPOINT_VERSION = 1
+
+
+class TrainingState:
+    """Everything that changes while training, hence what a checkpoint holds. The state of random generators is not among
+    it: each step seeds them anew from its number (see `derive_seed`)."""
+
+    def __init__(self, config):
+        self.config, self.step, self.minutes, self.best_bound = config, 0, 0.0, math.inf
+        torch.manual_seed(config.seed)
+        self.model = MaskPredictor(config).to(config.device)
+        average = get_ema_multi_avg_fn(config.ema_decay)
+        self.ema = AveragedModel(self.model, multi_avg_fn=average).eval().requires_grad_(False)
+        self.optimizer = build_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp_dtype == "fp16")
+
+    def state_dict(self):
+        return {
+            "version": CHECKPOINT_VERSION,
+            "config": dataclasses.asdict(self.config),
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "minutes": self.minutes,
+            "best_bound": self.best_bound,
+        }
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.minutes, self.best_bound = state["step"], state["minutes"], state["best_bound"]
+        self.ema.n_averaged.fill_(self.step)  # 0 would make the next update copy the weights instead of averaging
+
+
+def save_checkpoint(path, state):
+    """Write beside, then rename: whenever the process dies, `path` is a whole file, the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path):
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle cannot run code
+    except Exception as error:  # noqa: BLE001  damaged files make torch.load raise anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
+    if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
+        raise InputError(f"{path}: not a checkpoint of this program (version {CHECKPOINT_VERSION})")
+    return state
+
+
+def newest_run(runs=Path("runs")):
+    checkpoints = sorted(runs.glob("*/latest.pt"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        raise InputError(f"{runs}: no run with a checkpoint; train one first with: python main.py")
+    return checkpoints[-1].parent
+
+
+def load_checkpoint(path, device="auto"):
+    """A trained model, ready to evaluate and to sample.
+
+    Args:
+        path: a checkpoint file, or a run's folder, which means its best.pt (or latest.pt before any validation).
+        device: as in CONFIG; it need not be the one of the training.
+
+    Returns:
+        (model in eval mode with the averaged weights, its CONFIG, the checkpoint's dict).
+
+    Raises:
+        InputError: the file is missing, damaged or not a checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "best.pt" if (path / "best.pt").exists() else path / "latest.pt"
+    state = read_checkpoint(path)
+    config = CONFIG(**{**state["config"], "device": device, "amp_dtype": "auto"})
+    model = MaskPredictor(config).to(config.device).eval().requires_grad_(False)
+    model.load_state_dict(state["ema"])
+    return model, config, state
+
+
+# ======================================================================================================================
+# Logging
+# ======================================================================================================================
+
+
+def say(text):
+    """Print a line above the progress bar, once per run."""
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+class SilentWriter:
+    """Stands for TensorBoard's writer on every process but the first."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def open_writer(run_dir, first_step):
+    if rank() != 0:
+        return SilentWriter()
+    from torch.utils.tensorboard import SummaryWriter  # imported late: it takes seconds
+
+    return SummaryWriter(run_dir, purge_step=first_step)
+
+
+def make_run_dir(config):
+    started = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in itertools.count(1):
+        run_dir = Path("runs") / (f"{config.name}_{started}" + (f"_{attempt}" if attempt > 1 else ""))
+        try:
+            run_dir.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+    (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    return run_dir
+
+
+class Progress:
+    """A tqdm bar in a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, config, first_step):
+        self.in_terminal = sys.stdout.isatty()
+        self.bar = tqdm(
+            total=config.max_steps,
+            initial=first_step,
+            file=sys.stdout,
+            disable=rank() != 0 or not self.in_terminal,
+            bar_format="{percentage:3.0f}%|{bar}| {desc}",
+        )
+        self.max_steps, self.next_line = config.max_steps, 0.0
+
+    def update(self, step, bits_per_byte, learning_rate, bytes_per_second, seconds_left):
+        text = (
+            f"step {step:,}/{self.max_steps:,}  loss {bits_per_byte:.3f} bits/byte  lr {learning_rate:.2e}  "
+            f"{bytes_per_second:,.0f} bytes/s  {format_seconds(seconds_left)} left"
+        )
+        self.bar.update(step - self.bar.n)
+        self.bar.set_description_str(text)
+        if not self.in_terminal and time.monotonic() >= self.next_line:
+            say(text)
+            self.next_line = time.monotonic() + 10
+
+    def close(self):
+        self.bar.close()
+
+
+def format_seconds(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+# ======================================================================================================================
+# Many processes: each does the same on its share of the batch (torchrun sets RANK, WORLD_SIZE and LOCAL_RANK)
+# ======================================================================================================================
+
+
+@contextmanager
+def distributed_run(config):
+    """Joins the processes of a torchrun, one GPU each; a plain `python main.py` passes through."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    on_cuda = config.device.startswith("cuda")
+    if on_cuda:
+        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(config.device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def agree(*numbers):
+    """The maximum of each number over all processes, so that they decide alike; also makes them wait for each other."""
+    numbers = torch.tensor(numbers, dtype=torch.double)
+    if dist.is_initialized():
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+# ======================================================================================================================
+# Training
+# ======================================================================================================================
+
+FINAL_VALIDATION_BYTES = 2**20  # the last validation covers the whole text, up to this size
+
+
+def autocast(config):
+    dtype = AMP_DTYPES[config.amp_dtype]
+    return torch.autocast(torch.device(config.device).type, dtype, enabled=dtype != torch.float32)
+
+
+def sequence_length(config, step):
+    """max_length or, in a share random_length_prob of the steps, a half, a quarter or an eighth of it."""
+    rng = np.random.default_rng([config.seed, step])
+    is_short = rng.random() < config.random_length_prob
+    return max(1, config.max_length >> int(rng.integers(1, 4))) if is_short else config.max_length
+
+
+def compile_model(model, config):
+    """torch.compile, tried on one batch; where that fails (no C++ compiler, Windows), one warning and the plain model."""
+    if not config.compile:
+        return model
+    compiled = torch.compile(model, dynamic=False)
+    try:
+        say("compiling the model, which takes up to a minute ...")
+        x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
+        with autocast(config):
+            masked_diffusion_loss(compiled, x0).backward()
+    except Exception as error:  # noqa: BLE001  whatever went wrong inside the compiler, training works without it
+        say(f"warning: torch.compile does not work here ({type(error).__name__}); going on without it, which is slower")
+        compiled = model
+    model.zero_grad(set_to_none=True)
+    return compiled
+
+
+def seconds_per_step(model, config):
+    """Time of one step's forward and backward passes, measured on a made-up batch: for the announcement only."""
+    x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
+    for _ in range(2):  # the first one warms up
+        started = time.monotonic()
+        with autocast(config):
+            masked_diffusion_loss(model, x0).backward()
+        float(next(model.parameters()).grad.sum())  # waits for the GPU
+    model.zero_grad(set_to_none=True)
+    return (time.monotonic() - started) * config.gradient_accumulation_steps
+
+
+def announce(config, state, train_set, validation_set, run_dir, seconds):
+    step_bytes = config.batch_size * config.max_length * config.gradient_accumulation_steps * world_size()
+    epochs = config.max_steps * step_bytes / len(train_set.bytes)
+    seconds *= config.max_steps - state.step
+    seconds = min(seconds, config.max_minutes * 60) if config.max_minutes else seconds
+    parameters = sum(p.numel() for p in state.model.parameters())
+    gpu = f" ({torch.cuda.get_device_name(config.device)})" if config.device.startswith("cuda") else ""
+    shape = f"{config.num_layers} layers, {config.model_dim} wide, {config.max_length} bytes of context"
+    say(f"device      {config.device}{gpu}, {config.amp_dtype}, {world_size()} process(es), torch {torch.__version__}")
+    say(f"model       {parameters:,} parameters: {shape}")
+    say(f"training    {train_set.path}, {len(train_set.bytes):,} bytes")
+    say(f"validation  {validation_set.path}, {len(validation_set.bytes):,} bytes")
+    say(f"steps       {state.step:,} to {config.max_steps:,}, {step_bytes:,} bytes each, {epochs:.1f} epochs in all")
+    say(f"duration    about {format_seconds(seconds)}")
+    if rank() == 0:
+        say(f"logs        {run_dir.resolve()}")
+        say(f"watch       tensorboard --logdir={run_dir.parent.resolve()}")
+
+
+def validate(state, validation_set, writer, run_dir, max_bytes):
+    """Bound and samples of the averaged weights, to the console, TensorBoard and samples.txt; keeps the best checkpoint.
+    Returns the line that tells the bound."""
+    config, model = state.config, state.ema.module
+    bound, error = estimate_nelbo(model, validation_set, max_bytes)
+    is_best = bound < state.best_bound
+    state.best_bound = min(bound, state.best_bound)
+    if rank() != 0:
+        return
+    writer.add_scalar("val/bits_per_byte", bound, state.step)
+    say(f"step {state.step:,}: validation bound {bound:.3f} ± {error:.3f} bits per byte")
+    report = f"## step {state.step:,}: bound {bound:.3f} bits per byte\n\n"
+    for prompt, response, truth in continue_validation_prompts(model, validation_set, config):
+        say(f"    prompt  {prompt!r}\n    model   {response!r}\n    truth   {truth!r}")
+        for title, text in (("prompt", prompt), ("model", response), ("truth", truth)):
+            report += f"{title}\n\n" + "".join(f"    {line}\n" for line in text.splitlines()) + "\n"
+    writer.add_text("samples", report, state.step)
+    with open(run_dir / "samples.txt", "a", encoding="utf-8") as file:
+        file.write(report)
+    if is_best:
+        save_checkpoint(run_dir / "best.pt", state.state_dict())
+
+
+@contextmanager
+def stop_signals():
+    """A list that receives SIGINT or SIGTERM, so that training can end in order; a second signal ends it at once."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def backward_pass(forward, scaler, batches, config, step):
+    """One step's gradients, summed over its micro-batches (and averaged over the processes, by DDP).
+
+    The noise is drawn for the whole global batch and cut into rows, so that any split of the same batch into processes
+    and micro-batches gives the same masks. Returns the loss, a scalar on the device, in nats per byte.
+    """
+    length = sequence_length(config, step)
+    pieces = config.max_length // length
+    num_rows, splits = config.batch_size * pieces, config.gradient_accumulation_steps
+    generator = torch.Generator(config.device).manual_seed(derive_seed(config.seed, step))
+    t, scores = draw_noise(num_rows * splits * world_size(), length, generator)
+    torch.manual_seed(derive_seed(config.seed, step, 1 + rank()))  # for dropout
+    total = torch.zeros((), device=config.device)
+    for micro_batch in range(splits):
+        first = (micro_batch * world_size() + rank()) * num_rows
+        rows = slice(first, first + num_rows)
+        x0 = next(batches)[:, : pieces * length].reshape(num_rows, length)
+        attention_mask = (x0 != PAD).to(config.device) if (x0 == PAD).any() else None  # once an epoch, seldom compiled
+        x0 = x0.to(config.device, non_blocking=True)
+        is_last = micro_batch == splits - 1
+        with nullcontext() if is_last or not dist.is_initialized() else forward.no_sync(), autocast(config):
+            loss = masked_diffusion_loss(forward, x0, t[rows], scores[rows], attention_mask) / splits
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def optimizer_step(state, scale):
+    """Clip, update and average the weights. Returns the global gradient norm before clipping, a scalar on the device."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = scale * state.config.learning_rate
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), state.config.gradient_clip_val)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.ema.update_parameters(state.model)
+    return norm
+
+
+class StepLog:
+    """Collects losses on the device, without waiting for them, and writes their mean every `log_every` steps."""
+
+    def __init__(self, config, writer, first_step):
+        self.config, self.writer, self.progress = config, writer, Progress(config, first_step)
+        self.restart(first_step)
+
+    def restart(self, step):
+        """Begin a new interval: time spent before it, as for a validation, is not the training's."""
+        self.started, self.first_step, self.losses = time.monotonic(), step, []
+
+    def add(self, step, loss, norm, scale, minutes):
+        """After `step` steps. Raises TrainingError if a loss of the interval is not finite, always before it is saved."""
+        self.losses.append(loss)
+        config = self.config
+        if all(step % every for every in (config.log_every, config.validate_every, config.checkpoint_every)):
+            return
+        loss = torch.stack(self.losses).mean().item()  # waits for the device
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} between steps {self.first_step} and {step}; nothing was saved since. "
+                "Lower --learning_rate, or use --amp_dtype fp32"
+            )
+        seconds, steps = time.monotonic() - self.started, step - self.first_step
+        step_bytes = config.batch_size * config.max_length * config.gradient_accumulation_steps * world_size()
+        bytes_per_second = steps * step_bytes / seconds
+        left = (config.max_steps - step) * seconds / steps
+        left = min(left, 60 * (config.max_minutes - minutes)) if config.max_minutes else left
+        self.writer.add_scalar("train/loss", loss, step)
+        self.writer.add_scalar("train/bits_per_byte", loss * BITS_PER_NAT, step)
+        self.writer.add_scalar("train/learning_rate", scale * config.learning_rate, step)
+        self.writer.add_scalar("train/gradient_norm", norm.item(), step)
+        self.writer.add_scalar("train/bytes_per_second", bytes_per_second, step)
+        self.progress.update(step, loss * BITS_PER_NAT, scale * config.learning_rate, bytes_per_second, max(0, left))
+        self.restart(step)
+
+
+def train(config, run_dir=None):
+    """Train as `config` says, from the start or from run_dir/latest.pt. Returns 0, or 128 + the signal that ended it."""
+    started = time.monotonic()
+    write_starter_corpus(config)
+    train_set, validation_set = open_datasets(config)
+    state = TrainingState(config)
+    if run_dir:
+        state.load_state_dict(read_checkpoint(run_dir / "latest.pt"))
+        started -= 60 * state.minutes
+    elif rank() == 0:
+        run_dir = make_run_dir(config)
+    forward = compile_model(state.model, config)
+    announce(config, state, train_set, validation_set, run_dir, seconds_per_step(forward, config))
+    if dist.is_initialized():
+        forward = nn.parallel.DistributedDataParallel(forward)
+    batches = DataLoader(
+        train_set,
+        batch_sampler=batch_indices(config, state.step),
+        collate_fn=torch.as_tensor,
+        num_workers=config.num_workers,
+        pin_memory=config.device.startswith("cuda"),
+    )
+    batches = iter(batches)
+    writer = open_writer(run_dir, state.step)
+    writer.add_text("config", "```\n" + json.dumps(dataclasses.asdict(config), indent=2) + "\n```", state.step)
+    log = StepLog(config, writer, state.step)
+    with stop_signals() as received, torch.compiler.set_stance("eager_on_recompile"):
+        while state.step < config.max_steps:
+            state.minutes, signal_number = agree((time.monotonic() - started) / 60, max(received, default=0))
+            if signal_number or (config.max_minutes and state.minutes >= config.max_minutes):
+                break
+            scale = learning_rate_scale(config, state.step, state.minutes)
+            loss = backward_pass(forward, state.scaler, batches, config, state.step)
+            norm = optimizer_step(state, scale)
+            state.step += 1
+            log.add(state.step, loss, norm, scale, state.minutes)
+            if state.step % config.validate_every == 0 and state.step < config.max_steps:
+                validate(state, validation_set, writer, run_dir, config.validation_bytes)
+                log.restart(state.step)
+            if state.step % config.checkpoint_every == 0 and rank() == 0:
+                save_checkpoint(run_dir / "latest.pt", state.state_dict())
+    if not signal_number:
+        validate(state, validation_set, writer, run_dir, FINAL_VALIDATION_BYTES)
+    if rank() == 0:
+        save_checkpoint(run_dir / "latest.pt", state.state_dict())
+    log.progress.close()
+    writer.close()
+    if signal_number:
+        say(f"stopped at step {state.step:,} and saved; go on with: python main.py --resume {run_dir}")
+        return 128 + int(signal_number)
+    say(
+        f"done: {state.step:,} steps in {format_seconds(60 * state.minutes)}; best bound {state.best_bound:.3f} bits per byte"
+    )
+    say(f"try it: python main.py generate --checkpoint {run_dir} --watch")
+    return 0
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are one line, with a suggestion for a misspelt flag."""
+
+    def error(self, message):
+        raise InputError(message)
+
+    def parse_args(self, argv):
+        arguments, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [*self._option_string_actions, *COMMANDS]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            raise InputError(f"unknown argument {unknown[0]}; {hint}")
+        return arguments
+
+
+def parse_bool(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def add_config_flags(parser, only=None):
+    """One flag for each field of CONFIG, explained by the comment behind the field."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(CONFIG), re.MULTILINE))
+    for field in dataclasses.fields(CONFIG):
+        if only is None or field.name in only:
+            default = (
+                field.default
+                if field.default is not None
+                else "{cpu} on a CPU, {gpu} on a GPU".format(**field.metadata)
+            )
+            parser.add_argument(
+                f"--{field.name}",
+                type=parse_bool if field.type is bool else field.type,
+                default=argparse.SUPPRESS,  # only flags that were given override
+                metavar=field.type.__name__.upper(),
+                help=f"{comments[field.name]} (default: {default})".replace("%", "%%"),
+            )
+
+
+def train_command(argv):
+    parser = OneLineParser("main.py", description="Train. Other commands: " + ", ".join(COMMANDS), allow_abbrev=False)
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run's folder, or with the newest: auto")
+    add_config_flags(parser)
+    overrides = vars(parser.parse_args(argv))
+    run_dir = overrides.pop("resume")
+    if run_dir:
+        run_dir = newest_run() if run_dir == "auto" else Path(run_dir)
+        saved = read_checkpoint(run_dir / "latest.pt")["config"]
+        overrides = {**saved, "device": "auto", "amp_dtype": "auto", **overrides}
+    config = CONFIG(**overrides)
+    with distributed_run(config):
+        return train(config, run_dir)
+
+
+def checkpoint_parser(command, description, fields):
+    parser = OneLineParser(f"main.py {command}", description=description, allow_abbrev=False)
+    parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or a run's folder (default: the newest run)")
+    add_config_flags(parser, fields)
+    return parser
+
+
+def load_for_command(arguments):
+    """The model and CONFIG of --checkpoint, with the other flags put into CONFIG."""
+    path = arguments.checkpoint or newest_run()
+    model, config, state = load_checkpoint(path, getattr(arguments, "device", "auto"))
+    overrides = {name: value for name, value in vars(arguments).items() if hasattr(config, name)}
+    say(f"{path}: step {state['step']:,}")
+    return model, dataclasses.replace(config, **overrides)
+
+
+def generate_command(argv):
+    fields = ("inference_steps", "temperature", "remasking", "block_length", "seed", "device")
+    parser = checkpoint_parser("generate", "Write text after a prompt, and before a suffix if there is one.", fields)
+    parser.add_argument("--prompt", default="", help="text to continue (default: none)")
+    parser.add_argument("--suffix", default="", help="text to lead up to (default: none)")
+    parser.add_argument("--response_length", type=int, help="bytes to write (default: what fits into max_length)")
+    parser.add_argument("--watch", action="store_true", help="show the text crystallize, step by step, in a terminal")
+    arguments = parser.parse_args(argv)
+    model, config = load_for_command(arguments)
+    given = len(os.fsencode(arguments.prompt + arguments.suffix))
+    length = arguments.response_length
+    length = max(1, config.max_length - given) if length is None else length
+    on_step = LiveView() if arguments.watch else None
+    print(
+        run_conditional_diffusion_inference(model, arguments.prompt, length, config, arguments.suffix, on_step=on_step)
+    )
+    return 0
+
+
+def evaluate_command(argv):
+    fields = ("validation_data_file", "train_data_file", "seed", "device")
+    arguments = checkpoint_parser("evaluate", "The likelihood bound on the whole validation text.", fields).parse_args(
+        argv
+    )
+    model, config = load_for_command(arguments)
+    _, validation_set = open_datasets(config)
+    bound, error = estimate_nelbo(model, validation_set, seed=config.seed)
+    print(f"{validation_set.path}: bound {bound:.4f} ± {error:.4f} bits per byte ({len(validation_set.bytes):,} bytes)")
+    return 0
+
+
+COMMANDS = {"generate": generate_command, "evaluate": evaluate_command}
+
+
+def main(argv=None):
+    """Run the command line `argv` (default: sys.argv). Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command, rest = (COMMANDS[argv[0]], argv[1:]) if argv and argv[0] in COMMANDS else (train_command, argv)
+    try:
+        return command(rest)
+    except (InputError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

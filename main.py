@@ -25,6 +25,7 @@ import inspect
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import signal
@@ -215,7 +216,11 @@ class ByteLevelTextDataset(Dataset):
                 f"{path}: {num_bytes:,} bytes are less than one sequence of max_length={max_length:,}; "
                 "add text or lower --max_length"
             )
-        self.bytes = np.memmap(path, dtype=np.uint8, mode="r")[start:stop]
+        with open(path, "rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mapping, "madvise"):  # no read-ahead: at random places of a huge file it costs 160 times the read
+            mapping.madvise(mmap.MADV_RANDOM)
+        self.bytes = np.frombuffer(mapping, np.uint8)[start:stop]
 
     def __reduce__(self):  # a DataLoader worker opens the file anew instead of receiving a copy of its content
         return ByteLevelTextDataset, (self.path, self.max_length, self.seed, self.start, self.stop)
@@ -287,7 +292,7 @@ def write_starter_corpus(config):
             say(
                 f"wrote {path}: {file_size(path):,} bytes of Python's language reference, until you put your own text there"
             )
-    agree(0)  # the other processes wait for the files
+    over_processes("max", 0)  # the other processes wait for the files
 
 
 def open_datasets(config):
@@ -639,10 +644,9 @@ def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
                 lengths[rows] = (x0 != PAD).sum(dim=1).double()
                 batch = (tensor.to(device) for tensor in (x0, t[rows], scores))
                 losses[rows] = sequence_losses(model, *batch).double().cpu() * BITS_PER_NAT
-    if dist.is_initialized():
-        both = torch.stack([losses, lengths]).to(device)
-        dist.all_reduce(both)
-        losses, lengths = both.cpu()
+    losses, lengths = (
+        torch.tensor(over_processes("sum", *numbers), dtype=torch.double) for numbers in (losses, lengths)
+    )
     mean = (losses * lengths).sum() / lengths.sum()
     spread = ((losses - mean) * lengths).square().sum().sqrt() / lengths.sum()
     return mean.item(), spread.item() if num_chunks > 1 else math.nan
@@ -657,7 +661,7 @@ def continue_validation_prompts(model, dataset, config):
         prompt, truth = x0[:prompt_length], x0[prompt_length:]
         text = run_conditional_diffusion_inference(model, prompt, len(truth), config)
         shown_prompt = prompt.decode(errors="replace")
-        yield shown_prompt, text.removeprefix(shown_prompt), truth.decode(errors="replace")
+        yield shown_prompt, text[len(shown_prompt) :], truth.decode(errors="replace")
 
 
 # ======================================================================================================================
@@ -878,11 +882,11 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def agree(*numbers):
-    """The maximum of each number over all processes, so that they decide alike; also makes them wait for each other."""
+def over_processes(operation, *numbers):
+    """Each number's "max" or "sum" over all processes: so they decide alike, and wait for each other."""
     numbers = torch.tensor(numbers, dtype=torch.double)
     if dist.is_initialized():
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        dist.all_reduce(numbers, {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}[operation])
     return numbers.tolist()
 
 
@@ -890,7 +894,7 @@ def agree(*numbers):
 # Training
 # ======================================================================================================================
 
-FINAL_VALIDATION_BYTES = 2**20  # the last validation covers the whole text, up to this size
+FINAL_VALIDATION_BYTES = 2**20  # the bound told at the end is that of the whole validation text, up to this size
 
 
 def autocast(config):
@@ -953,11 +957,10 @@ def announce(config, state, train_set, validation_set, run_dir, seconds):
         say(f"watch       tensorboard --logdir={run_dir.parent.resolve()}")
 
 
-def validate(state, validation_set, writer, run_dir, max_bytes):
-    """Bound and samples of the averaged weights, to the console, TensorBoard and samples.txt; keeps the best checkpoint.
-    Returns the line that tells the bound."""
+def validate(state, validation_set, writer, run_dir):
+    """Bound and samples of the averaged weights, to console, TensorBoard and samples.txt; keeps the best checkpoint."""
     config, model = state.config, state.ema.module
-    bound, error = estimate_nelbo(model, validation_set, max_bytes)
+    bound, error = estimate_nelbo(model, validation_set, config.validation_bytes)
     is_best = bound < state.best_bound
     state.best_bound = min(bound, state.best_bound)
     if rank() != 0:
@@ -1050,7 +1053,8 @@ class StepLog:
         config = self.config
         if all(step % every for every in (config.log_every, config.validate_every, config.checkpoint_every)):
             return
-        loss = torch.stack(self.losses).mean().item()  # waits for the device
+        loss = torch.stack(self.losses).mean().item() / world_size()  # waits for the device
+        (loss,) = over_processes("sum", loss)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} between steps {self.first_step} and {step}; nothing was saved since. "
@@ -1073,7 +1077,8 @@ class StepLog:
 def train(config, run_dir=None):
     """Train as `config` says, from the start or from run_dir/latest.pt. Returns 0, or 128 + the signal that ended it."""
     started = time.monotonic()
-    write_starter_corpus(config)
+    if not run_dir:
+        write_starter_corpus(config)
     train_set, validation_set = open_datasets(config)
     state = TrainingState(config)
     if run_dir:
@@ -1096,9 +1101,11 @@ def train(config, run_dir=None):
     writer = open_writer(run_dir, state.step)
     writer.add_text("config", "```\n" + json.dumps(dataclasses.asdict(config), indent=2) + "\n```", state.step)
     log = StepLog(config, writer, state.step)
+    signal_number = 0
     with stop_signals() as received, torch.compiler.set_stance("eager_on_recompile"):
         while state.step < config.max_steps:
-            state.minutes, signal_number = agree((time.monotonic() - started) / 60, max(received, default=0))
+            minutes = (time.monotonic() - started) / 60
+            state.minutes, signal_number = over_processes("max", minutes, max(received, default=0))
             if signal_number or (config.max_minutes and state.minutes >= config.max_minutes):
                 break
             scale = learning_rate_scale(config, state.step, state.minutes)
@@ -1107,22 +1114,23 @@ def train(config, run_dir=None):
             state.step += 1
             log.add(state.step, loss, norm, scale, state.minutes)
             if state.step % config.validate_every == 0 and state.step < config.max_steps:
-                validate(state, validation_set, writer, run_dir, config.validation_bytes)
+                validate(state, validation_set, writer, run_dir)
                 log.restart(state.step)
             if state.step % config.checkpoint_every == 0 and rank() == 0:
                 save_checkpoint(run_dir / "latest.pt", state.state_dict())
     if not signal_number:
-        validate(state, validation_set, writer, run_dir, FINAL_VALIDATION_BYTES)
-    if rank() == 0:
-        save_checkpoint(run_dir / "latest.pt", state.state_dict())
+        validate(state, validation_set, writer, run_dir)
+        bound, error = estimate_nelbo(state.ema.module, validation_set, FINAL_VALIDATION_BYTES)
     log.progress.close()
     writer.close()
+    if rank() == 0:
+        save_checkpoint(run_dir / "latest.pt", state.state_dict())
     if signal_number:
         say(f"stopped at step {state.step:,} and saved; go on with: python main.py --resume {run_dir}")
         return 128 + int(signal_number)
-    say(
-        f"done: {state.step:,} steps in {format_seconds(60 * state.minutes)}; best bound {state.best_bound:.3f} bits per byte"
-    )
+    evaluated = min(len(validation_set.bytes), FINAL_VALIDATION_BYTES)
+    say(f"done: {state.step:,} steps in {format_seconds(60 * state.minutes)}")
+    say(f"final bound on {evaluated:,} bytes of validation text: {bound:.3f} ± {error:.3f} bits per byte")
     say(f"try it: python main.py generate --checkpoint {run_dir} --watch")
     return 0
 
@@ -1247,6 +1255,8 @@ def main(argv=None):
     except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:  # before or after the training loop, which catches the signal itself
+        return 130
 
 
 if __name__ == "__main__":

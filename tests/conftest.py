@@ -1,0 +1,77 @@
+"""What the tests share: a tiny CONFIG, tiny models and a way to run `python main.py` as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import main
+
+TINY = {
+    "model_dim": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "kv_latent_dim": 16,
+    "ffn_dim": 48,
+    "max_length": 16,
+    "batch_size": 8,
+    "device": "cpu",
+    "compile": False,
+}
+TINY_FLAGS = [f"--{name}={str(value).lower()}" for name, value in TINY.items()]
+
+
+def random_model(config, seed=0):
+    """A model whose weights are all random, output projections included, so that nothing cancels by being zero."""
+    torch.manual_seed(seed)
+    model = main.MaskPredictor(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def config():
+    return main.CONFIG(**TINY)
+
+
+@pytest.fixture
+def model(config):
+    return random_model(config)
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    """A folder with a small train.txt and validation.txt."""
+    (tmp_path / "train.txt").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 40)
+    (tmp_path / "validation.txt").write_bytes(b"a lazy dog and a quick fox met at the brown door. " * 8)
+    return tmp_path
+
+
+def run_main(folder, *arguments, **environment):
+    """`python main.py ARGUMENTS` in `folder`, to its end; returns the finished process with its output as text."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *arguments],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=240,
+        check=False,
+    )
+
+
+def train_tiny(folder, *arguments):
+    """A tiny finished training run in `folder`; returns (its run folder, its console output)."""
+    before = set((folder / "runs").glob("*"))
+    done = run_main(folder, *TINY_FLAGS, "--num_samples=1", "--inference_steps=4", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run_dir,) = set((folder / "runs").glob("*")) - before
+    return run_dir, done.stdout

@@ -1,0 +1,179 @@
+"""The commands as a user types them: with and without data, right and wrong."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_FLAGS, run_main, train_tiny
+
+import main
+
+
+def one_line_error(done, code=2):
+    assert done.returncode == code, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "train.txt").write_bytes(b"to be or not to be, that is the question. " * 30)
+    (folder / "validation.txt").write_bytes(b"whether 'tis nobler in the mind to suffer. " * 5)
+    run_dir, _ = train_tiny(folder, "--max_steps=5")
+    return folder, run_dir
+
+
+def test_an_empty_folder_trains_on_the_starter_corpus(tmp_path):
+    _, console = train_tiny(tmp_path, "--max_steps=3")
+    assert "wrote train.txt" in console
+    assert "wrote validation.txt" in console
+    written = {name: (tmp_path / name).read_bytes() for name in ("train.txt", "validation.txt")}
+    assert len(written["train.txt"]) > 250_000
+    _, console = train_tiny(tmp_path, "--max_steps=1")
+    assert "wrote" not in console
+    assert written == {name: (tmp_path / name).read_bytes() for name in written}
+
+
+def test_a_text_of_ones_own_is_held_out_from_and_left_alone(tmp_path):
+    (tmp_path / "train.txt").write_bytes(bytes(range(256)) * 8)
+    _, console = train_tiny(tmp_path, "--max_steps=2")
+    assert "last 5 % of train.txt" in console
+    assert {p.name for p in tmp_path.iterdir()} == {"train.txt", "runs"}
+    assert (tmp_path / "train.txt").read_bytes() == bytes(range(256)) * 8
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--model_dmi", "64"], "unknown argument --model_dmi; did you mean --model_dim?"),
+        (["genrate"], "unknown argument genrate; did you mean generate?"),
+        (["--max_steps", "many"], "max_steps"),
+        (["--max_steps", "0"], "max_steps=0 is not possible: it must be above 0"),
+        (["--compile", "maybe"], "compile"),
+        (["--learning_rate", "nan"], "learning_rate"),
+        (["--num_heads", "3"], "num_heads=3"),
+        (["--max_length", "5000"], "max_length=5000 is not possible: it must be at most rope_max_length_buffer=4096"),
+        (["--remasking", "magic"], "remasking='magic' is not possible: it must be one of low_confidence, random"),
+        (["--dropout", "1"], "dropout=1.0"),
+        (["--device", "tpu"], "device='tpu'"),
+        (["--amp_dtype", "int8"], "amp_dtype='int8'"),
+        (["--name", "../up"], "name='../up'"),
+        (["--train_data_file", "nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["--resume", "auto"], "no run with a checkpoint"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["generate", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
+        (["generate"], "train one first"),
+        (["generate", "--temprature", "1"], "did you mean --temperature?"),
+        (["evaluate", "--checkpoint", "."], "latest.pt"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_ends_the_process_with_code_2(tmp_path):
+    assert "unknown argument --bogus" in one_line_error(run_main(tmp_path, "--bogus"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_shorter_than_the_context_is_refused_with_both_sizes(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"too short")
+    (tmp_path / "validation.txt").write_bytes(b"long enough, this one")
+    message = one_line_error(run_main(tmp_path, *TINY_FLAGS))
+    assert "train.txt: 9 bytes" in message
+    assert "max_length=16" in message
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--help"])
+    assert stop.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for field in dataclasses.fields(main.CONFIG):
+        assert re.search(rf"--{field.name} [A-Z]+ \S.{{10,}}\(default: ", text), field.name
+
+
+def test_every_field_can_be_set_by_its_flag():
+    parser = main.OneLineParser()
+    main.add_config_flags(parser)
+    for field in dataclasses.fields(main.CONFIG):
+        value = {int: 7, float: 0.25, bool: False, str: "word"}[field.type]
+        assert vars(parser.parse_args([f"--{field.name}={value}"])) == {field.name: value}
+
+
+def test_config_refuses_wrong_types_and_unknown_names():
+    for overrides in ({"max_steps": "5"}, {"max_steps": True}, {"max_steps": 2.5}, {"dropout": "0"}, {"name": 3}):
+        (name,) = overrides
+        with pytest.raises(main.InputError, match=f"^{name}="):
+            main.CONFIG(**overrides)
+    with pytest.raises(TypeError):
+        main.CONFIG(model_dmi=3)
+
+
+def test_config_takes_the_size_of_its_device_where_nothing_is_set():
+    assert main.CONFIG(device="cpu").model_dim == 128
+    assert main.CONFIG(device="cpu", model_dim=64).model_dim == 64
+    assert main.CONFIG(**TINY).amp_dtype == "fp32"
+
+
+def test_generate_continues_a_prompt_and_fills_a_hole(trained):
+    folder, run_dir = trained
+    done = run_main(folder, "generate", "--prompt", "to be", "--response_length", "6", "--suffix", " be.", "--watch")
+    assert done.returncode == 0, done.stderr
+    assert str(run_dir.relative_to(folder)) in done.stdout.splitlines()[0]
+    text = done.stdout.split("\n", 1)[1]
+    assert text.startswith("to be")
+    assert text.endswith(" be.\n")
+    assert "\x1b" not in done.stdout  # no terminal
+    again = run_main(folder, "generate", "--prompt", "to be", "--response_length", "6", "--suffix", " be.")
+    assert again.stdout == done.stdout
+    assert run_main(folder, "generate", "--checkpoint", str(run_dir), "--seed", "3").returncode == 0
+
+
+def test_generate_refuses_what_does_not_fit(trained):
+    folder, _ = trained
+    message = one_line_error(run_main(folder, "generate", "--prompt", "x", "--response_length", "100000"))
+    assert "rope_max_length_buffer=4096" in message
+
+
+def test_the_live_view_shows_masks_as_dots_and_honours_no_color(monkeypatch, capsys):
+    monkeypatch.setattr(main.sys.stdout, "isatty", lambda: True, raising=False)
+    canvas = torch.tensor([104, 105, main.MASK, main.MASK, 33])
+    monkeypatch.setenv("NO_COLOR", "1")
+    main.LiveView()(canvas)
+    assert "hi··!" in capsys.readouterr().out
+
+
+def test_evaluate_prints_the_bound_of_the_whole_validation_text(trained):
+    folder, run_dir = trained
+    done = run_main(folder, "evaluate")
+    assert done.returncode == 0, done.stderr
+    model, config, _ = main.load_checkpoint(run_dir, device="cpu")
+    dataset = main.ByteLevelTextDataset(folder / "validation.txt", config.max_length)
+    bound, error = main.estimate_nelbo(model, dataset)
+    assert f"bound {bound:.4f} ± {error:.4f} bits per byte ({len(dataset.bytes):,} bytes)" in done.stdout
+
+
+def test_importing_main_does_nothing(tmp_path):
+    import subprocess
+    import sys
+
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; s = torch.get_rng_state(); import main; " + (
+        "assert torch.equal(s, torch.get_rng_state()); assert 'tensorboard' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_special_ids_are_those_of_the_design():
+    assert (main.PAD, main.MASK, main.UNK) == (256, 257, 258)

@@ -1,0 +1,155 @@
+"""The model: each part against a naive reference."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+
+import main
+
+
+def naive_attention(attention, x, theta, visible=None):
+    """Attention from its definition: one head, one query, one complex rotation at a time."""
+    B, L, D = x.shape
+    H = attention.num_heads
+    d = D // H
+    latent = torch.einsum("bld,rd->blr", x, attention.w_latent.weight)
+    q = torch.einsum("bld,ed->ble", x, attention.wq.weight).view(B, L, H, d)
+    k = torch.einsum("blr,er->ble", latent, attention.wk.weight).view(B, L, H, d)
+    v = torch.einsum("blr,er->ble", latent, attention.wv.weight).view(B, L, H, d)
+    frequencies = theta ** (-2 * torch.arange(d // 2).double() / d)
+    angle = torch.polar(torch.ones(L, d // 2).double(), torch.arange(L).double()[:, None] * frequencies)
+    rotate = [
+        torch.complex(y[..., : d // 2].double(), y[..., d // 2 :].double()) * angle[None, :, None] for y in (q, k)
+    ]
+    out = torch.zeros(B, L, H, d)
+    for b in range(B):
+        for h in range(H):
+            for i in range(L):
+                scores = (rotate[0][b, i, h] * rotate[1][b, :, h].conj()).real.sum(-1) / math.sqrt(d)
+                if visible is not None:
+                    scores = scores.masked_fill(~visible[b], -torch.inf)
+                out[b, i, h] = (scores.softmax(-1).float()[:, None] * v[b, :, h]).sum(0)
+    return torch.einsum("ble,de->bld", out.reshape(B, L, D), attention.wo.weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_equals_a_naive_loop(config, model, masked):
+    attention = model.layers[0].attention
+    x = torch.randn(2, 7, config.model_dim)
+    visible = torch.ones(2, 7, dtype=torch.bool)
+    if masked:
+        visible[0, 5:] = visible[1, 0] = False
+    mask = visible[:, None, None] if masked else None
+    torch.testing.assert_close(
+        attention(x, model.freqs_cis[:7], mask),
+        naive_attention(attention, x, config.rope_theta, visible),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_rope_scores_depend_on_the_distance_only():
+    table = main.rope_table(64, 8, 10000.0)
+    q, k = torch.randn(2, 1, 1, 1, 8)
+
+    def score(i, j):
+        return (main.apply_rope(q, table[i : i + 1]) * main.apply_rope(k, table[j : j + 1])).sum()
+
+    for distance in (0, 1, 5, -7):
+        scores = torch.stack([score(start + distance, start) for start in (7, 20, 50)])
+        torch.testing.assert_close(scores, scores[:1].expand(3), rtol=1e-4, atol=1e-5)
+    assert not torch.isclose(score(10, 3), score(3, 10))  # direction matters
+
+
+def test_rope_keeps_lengths_and_leaves_position_zero_alone():
+    x = torch.randn(1, 2, 9, 8)
+    rotated = main.apply_rope(x, main.rope_table(9, 8, 10000.0))
+    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(rotated[:, :, 0], x[:, :, 0])
+
+
+@torch.no_grad()
+def test_the_norm_is_root_mean_square(model):
+    x = torch.randn(3, 32)
+    norm = model.norm
+    expected = x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), expected)
+
+
+@torch.no_grad()
+def test_the_feed_forward_network_is_gated_by_mish(model):
+    x = torch.randn(3, 32)
+    ffn = model.layers[0].feed_forward
+    gate = x @ ffn.w1.weight.T
+    mish = gate * torch.tanh(torch.log1p(gate.exp()))
+    torch.testing.assert_close(ffn(x), (mish * (x @ ffn.w3.weight.T)) @ ffn.w2.weight.T, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_every_position_sees_every_other(model):
+    tokens = torch.randint(0, 256, (1, 9))
+    before = model(tokens)
+    for changed in (0, 4, 8):
+        other = tokens.clone()
+        other[0, changed] = (other[0, changed] + 1) % 256
+        assert ((model(other) - before).abs().amax(dim=-1) > 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given_mask", [False, True])
+def test_padding_changes_no_other_position(model, given_mask):
+    tokens = torch.randint(0, 256, (2, 9))
+    padded = F.pad(tokens, (0, 5), value=main.PAD)
+    mask = padded != main.PAD if given_mask else None
+    torch.testing.assert_close(model(padded, mask)[:, :9], model(tokens))
+
+
+def test_the_output_has_the_256_bytes_and_no_special_id(config, model):
+    logits = model(torch.tensor([[65, main.PAD, main.MASK, main.UNK]]))
+    assert logits.shape == (1, 4, 256)
+    assert logits.dtype == torch.float32
+
+
+def test_a_sequence_beyond_the_rope_buffer_is_refused_by_name():
+    config = main.CONFIG(**TINY, rope_max_length_buffer=20)
+    model = main.MaskPredictor(config)
+    assert model(torch.zeros(1, 20, dtype=torch.int64)).shape == (1, 20, 256)
+    with pytest.raises(main.InputError, match="21 bytes exceeds rope_max_length_buffer=20"):
+        model(torch.zeros(1, 21, dtype=torch.int64))
+
+
+def test_dropout_acts_in_training_only(config):
+    model = main.MaskPredictor(main.CONFIG(**TINY, dropout=0.5))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(0, 256, (1, 9))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", 0.84e6), ("gpu", 10.8e6)])
+def test_the_default_sizes_have_the_announced_parameters(device, expected):
+    sizes = {f.name: f.metadata[device] for f in main.dataclasses.fields(main.CONFIG) if f.metadata}
+    model = main.MaskPredictor(main.CONFIG(**sizes, device="cpu"))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=0.02)
+
+
+def test_weight_decay_reaches_matrices_only(config, model):
+    decay = {
+        id(p): group["weight_decay"]
+        for group in main.build_optimizer(model, config).param_groups
+        for p in group["params"]
+    }
+    for parameter in model.parameters():
+        assert decay[id(parameter)] == (config.weight_decay if parameter.ndim >= 2 else 0.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_computes_what_the_cpu_computes(config, model):
+    tokens = torch.randint(0, 259, (2, 16))
+    torch.testing.assert_close(model.cuda()(tokens.cuda()).cpu(), model.cpu()(tokens), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,169 @@
+"""The objective: equal to its definition by enumeration, unbiased, and indifferent to how a batch is split."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, random_model
+
+import main
+
+
+def by_enumeration(model, x0):
+    """The bound of one sequence from its definition: every mask of every size, k weighted uniformly. Nats per byte."""
+    length = len(x0)
+    total = 0.0
+    for k in range(1, length + 1):
+        subsets = list(itertools.combinations(range(length), k))
+        for masked in subsets:
+            masked = list(masked)
+            xt = x0.clone()
+            xt[masked] = main.MASK
+            log_probs = model(xt[None])[0].log_softmax(dim=-1)
+            cross_entropies = -log_probs[masked, x0[masked]]
+            total += cross_entropies.mean().item() / len(subsets) / length
+    return total
+
+
+@torch.no_grad()
+def test_the_loss_equals_the_enumeration_of_all_masks(config, model):
+    x0 = torch.tensor([104, 101, 108, 108, 111])
+    exact = by_enumeration(model, x0)
+    rows = 20000
+    generator = torch.Generator().manual_seed(1)
+    losses = main.sequence_losses(model, x0.expand(rows, -1), *main.draw_noise(rows, len(x0), generator))
+    error = losses.std().item() / math.sqrt(rows)
+    assert abs(losses.mean().item() - exact) < 4 * error
+    assert error < 0.01 * exact  # sharp enough to tell a wrong weighting from the right one
+
+
+@torch.no_grad()
+def test_the_loss_equals_the_published_integral_over_t(config, model):
+    """E_t[(1/t) sum of masked cross-entropies] / L with independent masks, as LLaDA eq. 3 states it."""
+    x0 = torch.tensor([104, 101, 108, 108])
+    exact = by_enumeration(model, x0)
+    integral = 0.0
+    for masked in itertools.product([False, True], repeat=4):
+        masked = torch.tensor(masked)
+        if not masked.any():
+            continue
+        log_probs = model(x0.masked_fill(masked, main.MASK)[None])[0].log_softmax(dim=-1)
+        total = -log_probs[masked, x0[masked]].sum().item()
+        k = int(masked.sum())
+        grid = (torch.arange(200_000, dtype=torch.double) + 0.5) / 200_000
+        weight = (grid ** (k - 1) * (1 - grid) ** (4 - k)).mean().item()  # integral of t^k (1-t)^(L-k) / t
+        integral += weight * total / 4
+    assert integral == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 128])
+def test_uniform_logits_cost_exactly_eight_bits_on_every_draw(length):
+    def uniform(tokens, attention_mask=None):
+        return torch.zeros(*tokens.shape, 256)
+
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x0 = torch.randint(0, 256, (3, length))
+        bits = main.masked_diffusion_loss(uniform, x0).item() * main.BITS_PER_NAT
+        assert bits == pytest.approx(8.0, abs=1e-5)
+
+
+def test_a_fresh_model_starts_at_eight_bits(config):
+    x0 = torch.randint(0, 256, (4, config.max_length))
+    loss = main.masked_diffusion_loss(main.MaskPredictor(config), x0)
+    assert loss.item() * main.BITS_PER_NAT == pytest.approx(8.0, abs=1e-5)
+
+
+def test_every_number_of_masks_occurs_equally_often_and_masks_are_exact():
+    length, rows = 10, 50
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randint(0, 256, (rows, length))
+    for _ in range(20):
+        xt, is_masked = main.mask_bytes(x0, *main.draw_noise(rows, length, generator))
+        counts = is_masked.sum(dim=1).bincount(minlength=length + 1)[1:]
+        assert (counts - rows / length).abs().max() <= 1  # stratified: 5 each, up to one at the edges of a stratum
+        assert torch.equal(xt == main.MASK, is_masked)
+        assert torch.equal(xt[~is_masked], x0[~is_masked])
+
+
+def test_every_position_is_masked_equally_often():
+    rows, length = 40_000, 8
+    generator = torch.Generator().manual_seed(0)
+    _, is_masked = main.mask_bytes(
+        torch.zeros(rows, length, dtype=torch.int64), *main.draw_noise(rows, length, generator)
+    )
+    share = is_masked.float().mean(dim=0)
+    assert (share - (length + 1) / 2 / length).abs().max() < 0.01
+
+
+def test_noise_rounded_up_to_one_masks_no_more_than_everything():
+    x0 = torch.zeros(2, 5, dtype=torch.int64)
+    _, is_masked = main.mask_bytes(x0, torch.tensor([0.0, 1.0]), torch.rand(2, 5))
+    assert is_masked.sum(dim=1).tolist() == [1, 5]
+
+
+def test_padding_is_never_masked_and_never_predicted(config, model):
+    x0 = torch.randint(0, 256, (6, 12))
+    padded = F.pad(x0, (0, 4), value=main.PAD)
+    t, scores = main.draw_noise(6, 16, torch.Generator().manual_seed(3))
+    xt, is_masked = main.mask_bytes(padded, t, scores)
+    assert not is_masked[:, 12:].any()
+    assert (xt[:, 12:] == main.PAD).all()
+    short = main.sequence_losses(model, x0, t, scores[:, :12])
+    long = main.sequence_losses(model, padded, t, scores)
+    torch.testing.assert_close(long, short)
+
+
+def test_a_sequence_of_nothing_but_padding_costs_nothing_and_leaves_gradients_finite(config):
+    model = random_model(config)
+    x0 = torch.full((2, 8), main.PAD)
+    x0[0, :3] = 65
+    t, scores = main.draw_noise(2, 8, torch.Generator().manual_seed(0))
+    losses = main.sequence_losses(model, x0, t, scores)
+    assert losses[1] == 0
+    losses.mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_loss_averages_within_each_sequence_before_it_averages_over_them(config, model):
+    x0 = torch.randint(0, 256, (2, 10))
+    t, scores = torch.tensor([0.0, 0.95]), torch.rand(2, 10)  # 1 mask and 10 masks
+    together = main.masked_diffusion_loss(model, x0, t, scores)
+    alone = [main.masked_diffusion_loss(model, x0[i : i + 1], t[i : i + 1], scores[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(together, sum(alone) / 2)
+
+
+def test_the_gradient_agrees_with_finite_differences(config):
+    model = random_model(config).double()
+    x0 = torch.randint(0, 256, (3, 9))
+    t, scores = main.draw_noise(3, 9, torch.Generator().manual_seed(0))
+    weight = model.layers[0].attention.wk.weight
+    main.masked_diffusion_loss(model, x0, t, scores).backward()
+    step = 1e-3  # the logits are float32, which bounds the precision of the difference
+    for index in [(0, 0), (5, 3), (31, 15)]:
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1):
+                weight[index] += sign * step
+                values.append(main.masked_diffusion_loss(model, x0, t, scores).item())
+                weight[index] -= sign * step
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx(weight.grad[index].item(), rel=0.02, abs=2e-4)
+
+
+@pytest.mark.parametrize("short_share", [0.0, 0.999])
+def test_accumulating_micro_batches_gives_the_gradient_of_one_batch(tmp_path, short_share):
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 3 + b"rest")
+    gradients = []
+    for splits in (1, 4):
+        overrides = {"batch_size": 8 // splits, "gradient_accumulation_steps": splits}
+        config = main.CONFIG(**{**TINY, **overrides}, random_length_prob=short_share)
+        dataset = main.ByteLevelTextDataset(tmp_path / "text", config.max_length, seed=0)
+        model = random_model(config)
+        batches = (dataset.__getitems__(rows) for rows in main.batch_indices(config, 0))
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        loss = main.backward_pass(model, scaler, batches, config, step=0)
+        gradients.append([loss, *(p.grad for p in model.parameters())])
+    for one, many in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,346 @@
+"""Training: schedule, averaged weights, validation, checkpoints and resuming."""
+
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_FLAGS, random_model, run_main, train_tiny
+
+import main
+
+
+def read_scalars(run_dir):
+    """TensorBoard's scalars of a run: {tag: {step: value}}, and the tags of its texts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags["scalars"]}, tags["tensors"]
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero_at_the_last_step():
+    config = main.CONFIG(**TINY, max_steps=1000, warmup_steps=100)
+    scales = [main.learning_rate_scale(config, step, 0.0) for step in range(1001)]
+    assert 0 < scales[0] < 0.02
+    assert max(scales) == pytest.approx(scales[100], rel=0.02)
+    assert all(a >= b for a, b in itertools.pairwise(scales[100:]))
+    assert scales[1000] == 0
+
+
+def test_the_learning_rate_decays_by_the_clock_if_that_ends_first():
+    config = main.CONFIG(**TINY, max_steps=10**9, warmup_steps=0, max_minutes=10)
+    assert [main.learning_rate_scale(config, 5, minutes) for minutes in (0, 5, 10, 11)] == [
+        pytest.approx(1.0, abs=1e-6),
+        pytest.approx(0.5),
+        0.0,
+        0.0,
+    ]
+
+
+def test_the_averaged_weights_follow_the_exponential_moving_average(config):
+    state = main.TrainingState(main.CONFIG(**TINY, ema_decay=0.9))
+    history = []
+    for step in range(5):
+        main.masked_diffusion_loss(state.model, torch.randint(0, 256, (4, 16))).backward()
+        main.optimizer_step(state, 1.0)
+        history.append(state.model.output.weight.detach().clone())
+    expected = history[0]
+    for weight in history[1:]:
+        expected = 0.9 * expected + 0.1 * weight
+    torch.testing.assert_close(state.ema.module.output.weight, expected)
+
+
+def test_gradients_are_clipped_to_the_given_norm(config):
+    state = main.TrainingState(main.CONFIG(**TINY, gradient_clip_val=1e-3))
+    main.masked_diffusion_loss(state.model, torch.randint(0, 256, (4, 16))).backward()
+    seen = []
+    state.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.stack([p.grad.norm() for p in state.model.parameters()]).norm().item())
+    )
+    norm = main.optimizer_step(state, 1.0)
+    assert norm.item() > 1e-3
+    assert seen == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def validation_set(folder, max_length=16):
+    return main.ByteLevelTextDataset(folder / "validation.txt", max_length)
+
+
+def test_validating_twice_gives_the_same_number_and_leaves_the_generators_alone(model, text_folder):
+    before = torch.get_rng_state()
+    first = main.estimate_nelbo(model, validation_set(text_folder))
+    torch.rand(10)
+    assert main.estimate_nelbo(model, validation_set(text_folder)) == first
+    assert main.estimate_nelbo(model, validation_set(text_folder), seed=1) != first
+    torch.set_rng_state(before)
+    main.estimate_nelbo(model, validation_set(text_folder))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_bound_does_not_depend_on_the_batch_size(model, text_folder):
+    bounds = [main.estimate_nelbo(model, validation_set(text_folder), batch_size=size) for size in (64, 7)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-5)
+
+
+def test_the_bound_of_uniform_predictions_is_eight_bits_without_error(text_folder, config):
+    (text_folder / "validation.txt").write_bytes(b"x" * 100)  # with a partial last chunk
+    assert main.estimate_nelbo(main.MaskPredictor(config), validation_set(text_folder)) == (
+        pytest.approx(8.0, abs=1e-5),
+        pytest.approx(0.0, abs=1e-5),
+    )
+
+
+def test_the_partial_last_chunk_counts_by_its_bytes(tmp_path):
+    """A predictor that knows `a` and nothing else: 0 bits for each a, a fixed price for each b."""
+
+    class Knows(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, tokens, attention_mask=None):
+            logits = torch.full((*tokens.shape, 256), -1e9)
+            logits[..., ord("a")] = 0.0
+            logits[..., ord("b")] = -math.log(1024)  # 10 bits
+            return logits
+
+    (tmp_path / "validation.txt").write_bytes(b"a" * 32 + b"b" * 8)
+    mean, error = main.estimate_nelbo(Knows(), validation_set(tmp_path))
+    assert mean == pytest.approx(10 * 8 / 40, rel=0.01)
+    assert error > 0
+
+
+def test_a_part_of_the_validation_text_is_spread_over_all_of_it(model, text_folder, monkeypatch):
+    dataset = validation_set(text_folder)
+    asked = []
+    original = dataset.__getitems__
+    monkeypatch.setattr(
+        main.ByteLevelTextDataset, "__getitems__", lambda self, rows: asked.extend(rows) or original(rows)
+    )
+    main.estimate_nelbo(model, dataset, max_bytes=5 * 16)
+    assert len(asked) == 5
+    assert asked[0] == 0
+    assert asked[-1] >= len(dataset) * 3 // 4
+
+
+def test_a_run_writes_what_the_readme_promises(text_folder):
+    run_dir, console = train_tiny(text_folder, "--max_steps=30", "--validate_every=10", "--checkpoint_every=10")
+    assert run_dir.name.startswith("diffusion_")
+    assert {"latest.pt", "best.pt", "config.json", "samples.txt"} < {p.name for p in run_dir.iterdir()}
+    scalars, texts = read_scalars(run_dir)
+    assert set(scalars) == {
+        "train/loss",
+        "train/bits_per_byte",
+        "train/learning_rate",
+        "train/gradient_norm",
+        "train/bytes_per_second",
+        "val/bits_per_byte",
+    }
+    assert sorted(scalars["val/bits_per_byte"]) == [10, 20, 30]
+    assert scalars["train/bits_per_byte"][10] == pytest.approx(scalars["train/loss"][10] / math.log(2), rel=1e-5)
+    assert {"samples/text_summary", "config/text_summary"} <= set(texts)
+    assert str(run_dir.resolve()) in console
+    assert "tensorboard --logdir=" in console
+    for word in ("cpu", "fp32", "parameters", "bytes each", "epochs", "duration"):
+        assert word in console
+    assert "\r" not in console
+    assert "\x1b" not in console
+
+
+def test_a_model_learns_a_simple_text(text_folder):
+    """Far below the 8 bits of chance, the 4.3 of single bytes and the 3.0 of byte pairs: the context is used."""
+    run_dir, _ = train_tiny(text_folder, "--max_steps=400", "--learning_rate=0.01", "--warmup_steps=20")
+    model, config, _ = main.load_checkpoint(run_dir, device="cpu")
+    dataset = main.ByteLevelTextDataset(text_folder / "train.txt", config.max_length)
+    assert main.estimate_nelbo(model, dataset)[0] < 1.5
+    text = main.run_conditional_diffusion_inference(model, "the quick b", 5, config)
+    assert text == "the quick brown "
+
+
+def test_load_checkpoint_gives_the_averaged_weights_in_eval_mode(text_folder):
+    run_dir, _ = train_tiny(text_folder, "--max_steps=12", "--ema_decay=0.5")
+    model, config, state = main.load_checkpoint(run_dir / "latest.pt", device="cpu")
+    assert not model.training
+    assert config.max_steps == 12
+    assert state["step"] == 12
+    assert torch.equal(model.output.weight, state["ema"]["output.weight"])
+    assert not torch.equal(model.output.weight, state["model"]["output.weight"])
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["--gradient_accumulation_steps=2", "--dropout=0.2", "--random_length_prob=0.4"]]
+)
+def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_unbroken_one(text_folder, monkeypatch, extra):
+    monkeypatch.chdir(text_folder)
+    flags = [*TINY_FLAGS, "--max_steps=20", "--warmup_steps=2", "--checkpoint_every=10", "--num_samples=0", *extra]
+    assert main.main([*flags, "--name=whole"]) == 0
+    with monkeypatch.context() as patch:
+        original = main.optimizer_step
+        calls = iter(range(100))
+        patch.setattr(main, "optimizer_step", lambda *given: original(*given) if next(calls) < 13 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main.main([*flags, "--name=part"])
+    whole, part = (next(text_folder.glob(f"runs/{name}_*")) for name in ("whole", "part"))
+    assert main.read_checkpoint(part / "latest.pt")["step"] == 10
+    assert main.main(["--resume", str(part)]) == 0
+    one, two = (main.read_checkpoint(run / "latest.pt") for run in (whole, part))
+    assert one["step"] == two["step"] == 20
+    for weights in ("model", "ema"):
+        for name, tensor in one[weights].items():
+            assert torch.equal(tensor, two[weights][name]), (weights, name)
+
+
+def test_resume_auto_takes_the_newest_run_and_a_raised_max_steps(text_folder):
+    train_tiny(text_folder, "--max_steps=4", "--name=old")
+    newest, _ = train_tiny(text_folder, "--max_steps=4", "--name=new")
+    done = run_main(text_folder, "--resume", "auto", "--max_steps=8")
+    assert done.returncode == 0, done.stderr
+    assert main.read_checkpoint(newest / "latest.pt")["step"] == 8
+    assert len(list((text_folder / "runs").iterdir())) == 2
+
+
+def test_max_minutes_ends_a_run_in_order(text_folder):
+    started = time.monotonic()
+    run_dir, console = train_tiny(text_folder, "--max_minutes=0.1", "--max_steps=100000000", "--validate_every=1000000")
+    assert time.monotonic() - started < 60
+    assert "done:" in console
+    scalars, _ = read_scalars(run_dir)
+    rates = list(scalars["train/learning_rate"].values())
+    assert rates[-1] < 0.05 * max(rates)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_saved(text_folder, number):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *TINY_FLAGS, "--max_steps=1000000"],
+        cwd=text_folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "--resume" in out
+    assert "Traceback" not in err
+    (latest,) = text_folder.glob("runs/*/latest.pt")
+    assert main.read_checkpoint(latest)["step"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(text_folder):
+    done = run_main(text_folder, *TINY_FLAGS, "--max_steps=50", "--learning_rate=1e30", "--gradient_clip_val=1e30")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "learning_rate" in done.stderr
+    assert not list(text_folder.glob("runs/*/*.pt"))
+
+
+def test_a_missing_compiler_is_one_warning_and_training_goes_on(text_folder):
+    flags = [flag for flag in TINY_FLAGS if "compile" not in flag]
+    done = run_main(
+        text_folder,
+        *flags,
+        "--compile=true",
+        "--max_steps=3",
+        CXX="/nonexistent/compiler",
+        TORCHINDUCTOR_CACHE_DIR=str(text_folder / "cache"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("warning:") == 1
+    assert "torch.compile does not work here" in done.stdout
+
+
+def test_compiled_training_computes_what_eager_training_computes(text_folder):
+    flags = ["--max_steps=6", "--log_every=1", "--random_length_prob=0.3"]
+    eager, _ = train_tiny(text_folder, *flags, "--compile=false")
+    compiled, console = train_tiny(text_folder, *flags, "--compile=true")
+    assert "warning" not in console
+    losses = [read_scalars(run)[0]["train/loss"] for run in (eager, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_two_processes_train_like_one(text_folder):
+    flags = ["--max_steps=6", "--log_every=1", "--random_length_prob=0.3", "--num_samples=1", "--inference_steps=2"]
+    one, _ = train_tiny(text_folder, *flags, "--batch_size=8", "--name=one")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "main.py")]
+        + [*TINY_FLAGS, *flags, "--batch_size=4", "--name=two"],
+        cwd=text_folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (two,) = text_folder.glob("runs/two_*")
+    losses, bounds = zip(
+        *((s["train/loss"], s["val/bits_per_byte"]) for s in (read_scalars(run)[0] for run in (one, two))), strict=True
+    )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-4)
+    assert done.stdout.count("device ") == 1
+
+
+def test_damaged_and_foreign_checkpoints_are_one_line(tmp_path):
+    path = tmp_path / "latest.pt"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(main.InputError, match=r"latest\.pt: not a readable checkpoint"):
+        main.load_checkpoint(path)
+    torch.save({"hello": 1}, path)
+    with pytest.raises(main.InputError, match="not a checkpoint of this program"):
+        main.load_checkpoint(path)
+    with pytest.raises(main.InputError, match="none"):
+        main.load_checkpoint(tmp_path / "none.pt")
+
+
+def test_a_malicious_checkpoint_does_not_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"version": main.CHECKPOINT_VERSION, "config": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(main.InputError):
+        main.load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "latest.pt"
+    main.save_checkpoint(path, {"a": torch.ones(3)})
+
+    def fail(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        main.save_checkpoint(path, {"a": torch.zeros(3)})
+    monkeypatch.undo()
+    assert torch.equal(torch.load(path)["a"], torch.ones(3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_training_runs_on_a_gpu_in_every_precision(text_folder, dtype):
+    flags = ["--device=cuda", f"--amp_dtype={dtype}", "--max_steps=20", "--compile=true"]
+    run_dir, console = train_tiny(text_folder, *flags)
+    assert "cuda" in console
+    assert main.load_checkpoint(run_dir)[2]["step"] == 20
+
+
+def test_random_weights_differ_by_seed():
+    weights = [main.TrainingState(main.CONFIG(**TINY, seed=seed)).model.tok_embeddings.weight for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert random_model(main.CONFIG(**TINY)) is not None

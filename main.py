@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn import RMSNorm  # x / sqrt(mean(x^2) + eps) * weight
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -84,11 +85,12 @@ class CONFIG:
     ffn_dim: int = by_size(cpu=352, gpu=1024)  # hidden width of the feed-forward network, usually 8/3 of model_dim
     max_length: int = by_size(cpu=128, gpu=256)  # [L] bytes of context
     batch_size: int = by_size(cpu=16, gpu=64)  # [B] sequences per process and micro-batch
-    learning_rate: float = by_size(cpu=3e-3, gpu=1e-3)  # peak, after the warm-up
+    learning_rate: float = by_size(cpu=3e-3, gpu=1e-3)  # peak, after the warm-up, of AdamW
+    muon_learning_rate: float = by_size(cpu=0.02, gpu=0.02)  # peak for the matrices of the blocks; 0: AdamW for all
     max_steps: int = by_size(cpu=4000, gpu=10000)  # optimizer steps of the whole run
     ema_decay: float = by_size(cpu=0.99, gpu=0.999)  # of the averaged weights that are evaluated and sampled from
     dropout: float = by_size(cpu=0.0, gpu=0.1)  # after each attention and feed-forward; many epochs need some
-    validate_every: int = by_size(cpu=500, gpu=1000)  # steps between validations
+    validate_every: int = by_size(cpu=1000, gpu=1000)  # steps between validations
     validation_bytes: int = by_size(cpu=32768, gpu=524288)  # at most this much of the validation text each time
 
     # Data
@@ -98,10 +100,12 @@ class CONFIG:
     num_workers: int = 0  # DataLoader processes; 0 reads in the training process, fast enough from a local disk
 
     # Model
+    conv_width: int = 9  # bytes, odd: depthwise convolution before each block; 0: the plain transformer of the papers
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
 
     # Optimization
+    mask_ratio_std: float = 0.15  # training draws the share of masks from a normal around 1/2; 0: uniform, the bound
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     gradient_clip_val: float = 1.0  # largest global gradient norm
     weight_decay: float = 0.1  # decoupled, on matrices only
@@ -135,6 +139,7 @@ class CONFIG:
             has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             self.amp_dtype = "bf16" if has_bf16 else "fp16" if on_cuda else "fp32"
         at_least_0 = "num_workers weight_decay warmup_steps max_minutes temperature block_length num_samples seed"
+        at_least_0 += " conv_width mask_ratio_std muon_learning_rate"
         below_1 = "dropout ema_decay random_length_prob"
         choices = {"remasking": ("low_confidence", "random"), "amp_dtype": tuple(AMP_DTYPES)}
         for name, value in vars(self).items():
@@ -150,6 +155,8 @@ class CONFIG:
         require(
             head_dim % 2 == 0, "num_heads", self.num_heads, f"so that model_dim={self.model_dim} / num_heads is even"
         )
+        is_odd_or_0 = self.conv_width % 2 == 1 or self.conv_width == 0
+        require(is_odd_or_0, "conv_width", self.conv_width, "odd, so that it is centred, or 0")
         fits = self.max_length <= self.rope_max_length_buffer
         require(fits, "max_length", self.max_length, f"at most rope_max_length_buffer={self.rope_max_length_buffer}")
         plain_name = re.fullmatch(r"[^/\\\0]+", self.name) and self.name not in (".", "..")
@@ -224,6 +231,9 @@ class ByteLevelTextDataset(Dataset):
 
     def __reduce__(self):  # a DataLoader worker opens the file anew instead of receiving a copy of its content
         return ByteLevelTextDataset, (self.path, self.max_length, self.seed, self.start, self.stop)
+
+    def in_file_order(self):
+        return ByteLevelTextDataset(self.path, self.max_length, None, self.start, self.stop)
 
     def __len__(self):
         return math.ceil(len(self.bytes) / self.max_length)
@@ -318,6 +328,16 @@ def batch_indices(config, first_step):
         yield range(first, first + config.batch_size)
 
 
+def data_loader(dataset, config, first_step):
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_indices(config, first_step),
+        collate_fn=torch.as_tensor,  # the dataset already returns whole batches
+        num_workers=config.num_workers,
+        pin_memory=config.device.startswith("cuda"),
+    )
+
+
 def derive_seed(*numbers):
     """One 63-bit seed from several numbers, such as (seed, step): each step's randomness is a function of its number,
     so a resumed run draws what the uninterrupted one would have drawn, with no generator state to save."""
@@ -363,6 +383,8 @@ class SimplifiedMLAttention(nn.Module):
             for projected in (self.wq(x), self.wk(latent), self.wv(latent))
         )
         q, k = apply_rope(q, freqs_cis), apply_rope(k, freqs_cis)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, L], the same for all heads and queries
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         return self.wo(out.transpose(1, 2).flatten(-2))  # [B, L, D]
 
@@ -380,9 +402,25 @@ class FeedForward(nn.Module):
         return self.w2(F.mish(self.w1(x)) * self.w3(x))
 
 
+class DepthwiseConvolution(nn.Module):
+    """Adds to each channel of x [B, L, D] a weighted sum of its neighbours, `width` positions wide. Written as shifts,
+    which torch.compile fuses: six times faster on a CPU than nn.Conv1d(D, D, width, groups=D)."""
+
+    def __init__(self, width, model_dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, model_dim))
+
+    def forward(self, x):
+        width, length = self.weight.shape[0], x.shape[1]
+        padded = F.pad(x, (0, 0, width // 2, width // 2))
+        return x + sum(padded[:, shift : shift + length] * self.weight[shift] for shift in range(width))
+
+
 class TransformerBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
+        width, model_dim = config.conv_width, config.model_dim
+        self.convolution = DepthwiseConvolution(width, model_dim) if width else nn.Identity()
         self.attention_norm = RMSNorm(config.model_dim)
         self.attention = SimplifiedMLAttention(config)
         self.ffn_norm = RMSNorm(config.model_dim)
@@ -390,6 +428,9 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, freqs_cis, attention_mask=None):
+        if attention_mask is not None:
+            x = x * attention_mask[..., None]  # PAD is to the convolution what lies beyond the ends: zero
+        x = self.convolution(x)
         x = x + self.dropout(self.attention(self.attention_norm(x), freqs_cis, attention_mask))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
@@ -408,8 +449,8 @@ class MaskPredictor(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("wo.weight", "w2.weight", "output.weight")):
                 nn.init.zeros_(parameter)  # each block starts as the identity, the first prediction is uniform: 8 bits
-            elif parameter.ndim == 2:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            elif name.endswith(("wq.weight", "w_latent.weight", "wk.weight", "wv.weight", "w1.weight", "w3.weight")):
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)  # the embedding keeps PyTorch's N(0, 1)
 
     def forward(self, tokens, attention_mask=None):
         """Logits of the byte at each position.
@@ -430,8 +471,6 @@ class MaskPredictor(nn.Module):
             raise InputError(f"a sequence of {length} bytes exceeds rope_max_length_buffer={longest}; raise that field")
         if attention_mask is None and not torch.compiler.is_compiling() and (tokens == PAD).any():
             attention_mask = tokens != PAD
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, L], the same for all heads and queries
         x = self.tok_embeddings(tokens)  # [B, L, D]
         for layer in self.layers:
             x = layer(x, self.freqs_cis[:length], attention_mask)
@@ -460,6 +499,12 @@ def mask_bytes(x0, t, scores):
     ranks = scores.masked_fill(~is_byte, 2.0).argsort(dim=1).argsort(dim=1)
     is_masked = ranks < num_masked[:, None]
     return x0.masked_fill(is_masked, MASK), is_masked
+
+
+def bell_quantile(t, std):
+    """The quantiles t of the uniform distribution turned into those of a normal around 1/2, cut to [0, 1). As the share
+    of masks it is easier to learn from than the uniform: almost all or almost nothing masked teaches little."""
+    return (0.5 + std * math.sqrt(2) * torch.erfinv(2 * t - 1)).clamp(0, 1 - 1e-6) if std else t
 
 
 def sequence_losses(model, x0, t, scores, attention_mask=None):
@@ -643,7 +688,7 @@ def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
                 x0 = dataset.__getitems__(chunks[rows])
                 lengths[rows] = (x0 != PAD).sum(dim=1).double()
                 batch = (tensor.to(device) for tensor in (x0, t[rows], scores))
-                losses[rows] = sequence_losses(model, *batch).double().cpu() * BITS_PER_NAT
+                losses[rows] = sequence_losses(model, *batch).cpu().double() * BITS_PER_NAT
     losses, lengths = (
         torch.tensor(over_processes("sum", *numbers), dtype=torch.double) for numbers in (losses, lengths)
     )
@@ -669,12 +714,54 @@ def continue_validation_prompts(model, dataset, config):
 # ======================================================================================================================
 
 
-def build_optimizer(model, config):
-    """AdamW (arXiv 1711.05101); weight decay on matrices only, not on the gains of the norms."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+class Muon(torch.optim.Optimizer):
+    """Momentum with an orthogonalized update, for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    torch.optim.Muon is the same for one matrix after the other in bfloat16, which a CPU without bf16 arithmetic computes
+    a hundred times slower than float32. Here matrices of one shape are stacked, and a CPU stays in float32.
+    """
+
+    def __init__(self, matrices, lr, momentum=0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for matrix in group["params"]:
+                by_shape.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in by_shape.items():
+                gradients = [matrix.grad for matrix in matrices]
+                averages = [self.state[m].setdefault("momentum_buffer", torch.zeros_like(m)) for m in matrices]
+                torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+                updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's
+                scale = max(1, shape[0] / shape[1]) ** 0.5
+                updates = orthogonalize(torch.stack(updates)).to(matrices[0].dtype)
+                torch._foreach_add_(matrices, list(updates.unbind()), alpha=-group["lr"] * scale)
+
+
+def orthogonalize(matrices):
+    """About U V^T for each matrix U S V^T of the stack [N, rows, columns]: five Newton-Schulz steps whose polynomial
+    drives all singular values into 0.7..1.2."""
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x.mT if matrices.shape[1] > matrices.shape[2] else x  # the Gram matrix of the shorter side
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+def build_optimizers(model, config):
+    """[AdamW, Muon]: Muon for the matrices of the blocks, AdamW (arXiv 1711.05101) for embedding, head and vectors; or
+    AdamW alone if muon_learning_rate is 0. Weight decay is AdamW's, decoupled and on matrices only."""
+    hidden = [module.weight for module in model.layers.modules() if isinstance(module, nn.Linear)]
+    matrices = [model.tok_embeddings.weight, model.output.weight] + ([] if config.muon_learning_rate else hidden)
+    taken = {id(p) for p in matrices + hidden}
+    vectors = [p for p in model.parameters() if id(p) not in taken]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    return [adamw, Muon(hidden, lr=config.muon_learning_rate)] if config.muon_learning_rate else [adamw]
 
 
 def learning_rate_scale(config, step, minutes):
@@ -701,7 +788,7 @@ class TrainingState:
         self.model = MaskPredictor(config).to(config.device)
         average = get_ema_multi_avg_fn(config.ema_decay)
         self.ema = AveragedModel(self.model, multi_avg_fn=average).eval().requires_grad_(False)
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp_dtype == "fp16")
 
     def state_dict(self):
@@ -710,7 +797,7 @@ class TrainingState:
             "config": dataclasses.asdict(self.config),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "minutes": self.minutes,
@@ -720,7 +807,8 @@ class TrainingState:
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.minutes, self.best_bound = state["step"], state["minutes"], state["best_bound"]
         self.ema.n_averaged.fill_(self.step)  # 0 would make the next update copy the weights instead of averaging
@@ -831,9 +919,9 @@ class Progress:
         )
         self.max_steps, self.next_line = config.max_steps, 0.0
 
-    def update(self, step, bits_per_byte, learning_rate, bytes_per_second, seconds_left):
+    def update(self, step, loss, learning_rate, bytes_per_second, seconds_left):
         text = (
-            f"step {step:,}/{self.max_steps:,}  loss {bits_per_byte:.3f} bits/byte  lr {learning_rate:.2e}  "
+            f"step {step:,}/{self.max_steps:,}  loss {loss:.3f} nats/byte  lr {learning_rate:.2e}  "
             f"{bytes_per_second:,.0f} bytes/s  {format_seconds(seconds_left)} left"
         )
         self.bar.update(step - self.bar.n)
@@ -957,16 +1045,20 @@ def announce(config, state, train_set, validation_set, run_dir, seconds):
         say(f"watch       tensorboard --logdir={run_dir.parent.resolve()}")
 
 
-def validate(state, validation_set, writer, run_dir):
-    """Bound and samples of the averaged weights, to console, TensorBoard and samples.txt; keeps the best checkpoint."""
+def validate(state, train_set, validation_set, writer, run_dir):
+    """Bounds and samples of the averaged weights, to console, TensorBoard and samples.txt; keeps the best checkpoint."""
     config, model = state.config, state.ema.module
+    train_bound, _ = estimate_nelbo(model, train_set.in_file_order(), config.validation_bytes)
     bound, error = estimate_nelbo(model, validation_set, config.validation_bytes)
     is_best = bound < state.best_bound
     state.best_bound = min(bound, state.best_bound)
     if rank() != 0:
         return
+    writer.add_scalar("train/bits_per_byte", train_bound, state.step)
     writer.add_scalar("val/bits_per_byte", bound, state.step)
-    say(f"step {state.step:,}: validation bound {bound:.3f} ± {error:.3f} bits per byte")
+    say(
+        f"step {state.step:,}: bound {bound:.3f} ± {error:.3f} bits per byte on validation, {train_bound:.3f} on training text"
+    )
     report = f"## step {state.step:,}: bound {bound:.3f} bits per byte\n\n"
     for prompt, response, truth in continue_validation_prompts(model, validation_set, config):
         say(f"    prompt  {prompt!r}\n    model   {response!r}\n    truth   {truth!r}")
@@ -1007,31 +1099,38 @@ def backward_pass(forward, scaler, batches, config, step):
     num_rows, splits = config.batch_size * pieces, config.gradient_accumulation_steps
     generator = torch.Generator(config.device).manual_seed(derive_seed(config.seed, step))
     t, scores = draw_noise(num_rows * splits * world_size(), length, generator)
+    t = bell_quantile(t, config.mask_ratio_std)
     torch.manual_seed(derive_seed(config.seed, step, 1 + rank()))  # for dropout
     total = torch.zeros((), device=config.device)
     for micro_batch in range(splits):
         first = (micro_batch * world_size() + rank()) * num_rows
         rows = slice(first, first + num_rows)
-        x0 = next(batches)[:, : pieces * length].reshape(num_rows, length)
+        with record_function("fetch"):
+            x0 = next(batches)[:, : pieces * length].reshape(num_rows, length)
         attention_mask = (x0 != PAD).to(config.device) if (x0 == PAD).any() else None  # once an epoch, seldom compiled
         x0 = x0.to(config.device, non_blocking=True)
         is_last = micro_batch == splits - 1
-        with nullcontext() if is_last or not dist.is_initialized() else forward.no_sync(), autocast(config):
-            loss = masked_diffusion_loss(forward, x0, t[rows], scores[rows], attention_mask) / splits
-        scaler.scale(loss).backward()
+        with nullcontext() if is_last or not dist.is_initialized() else forward.no_sync():
+            with record_function("forward and loss"), autocast(config):
+                loss = masked_diffusion_loss(forward, x0, t[rows], scores[rows], attention_mask) / splits
+            with record_function("backward"):
+                scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
 def optimizer_step(state, scale):
     """Clip, update and average the weights. Returns the global gradient norm before clipping, a scalar on the device."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = scale * state.config.learning_rate
-    state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), state.config.gradient_clip_val)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
+    config, scaler = state.config, state.scaler
+    for optimizer, peak in zip(state.optimizers, (config.learning_rate, config.muon_learning_rate)):
+        for group in optimizer.param_groups:
+            group["lr"] = scale * peak
+        scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip_val)
+    for optimizer in state.optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    state.model.zero_grad(set_to_none=True)
     state.ema.update_parameters(state.model)
     return norm
 
@@ -1066,11 +1165,10 @@ class StepLog:
         left = (config.max_steps - step) * seconds / steps
         left = min(left, 60 * (config.max_minutes - minutes)) if config.max_minutes else left
         self.writer.add_scalar("train/loss", loss, step)
-        self.writer.add_scalar("train/bits_per_byte", loss * BITS_PER_NAT, step)
         self.writer.add_scalar("train/learning_rate", scale * config.learning_rate, step)
         self.writer.add_scalar("train/gradient_norm", norm.item(), step)
         self.writer.add_scalar("train/bytes_per_second", bytes_per_second, step)
-        self.progress.update(step, loss * BITS_PER_NAT, scale * config.learning_rate, bytes_per_second, max(0, left))
+        self.progress.update(step, loss, scale * config.learning_rate, bytes_per_second, max(0, left))
         self.restart(step)
 
 
@@ -1090,14 +1188,7 @@ def train(config, run_dir=None):
     announce(config, state, train_set, validation_set, run_dir, seconds_per_step(forward, config))
     if dist.is_initialized():
         forward = nn.parallel.DistributedDataParallel(forward)
-    batches = DataLoader(
-        train_set,
-        batch_sampler=batch_indices(config, state.step),
-        collate_fn=torch.as_tensor,
-        num_workers=config.num_workers,
-        pin_memory=config.device.startswith("cuda"),
-    )
-    batches = iter(batches)
+    batches = iter(data_loader(train_set, config, state.step))
     writer = open_writer(run_dir, state.step)
     writer.add_text("config", "```\n" + json.dumps(dataclasses.asdict(config), indent=2) + "\n```", state.step)
     log = StepLog(config, writer, state.step)
@@ -1114,12 +1205,12 @@ def train(config, run_dir=None):
             state.step += 1
             log.add(state.step, loss, norm, scale, state.minutes)
             if state.step % config.validate_every == 0 and state.step < config.max_steps:
-                validate(state, validation_set, writer, run_dir)
+                validate(state, train_set, validation_set, writer, run_dir)
                 log.restart(state.step)
             if state.step % config.checkpoint_every == 0 and rank() == 0:
                 save_checkpoint(run_dir / "latest.pt", state.state_dict())
     if not signal_number:
-        validate(state, validation_set, writer, run_dir)
+        validate(state, train_set, validation_set, writer, run_dir)
         bound, error = estimate_nelbo(state.ema.module, validation_set, FINAL_VALIDATION_BYTES)
     log.progress.close()
     writer.close()
@@ -1132,6 +1223,100 @@ def train(config, run_dir=None):
     say(f"done: {state.step:,} steps in {format_seconds(60 * state.minutes)}")
     say(f"final bound on {evaluated:,} bytes of validation text: {bound:.3f} ± {error:.3f} bits per byte")
     say(f"try it: python main.py generate --checkpoint {run_dir} --watch")
+    return 0
+
+
+# ======================================================================================================================
+# Profile
+# ======================================================================================================================
+
+
+def seconds_of(function, config):
+    on_cuda = config.device.startswith("cuda")
+    torch.cuda.synchronize() if on_cuda else None
+    started = time.perf_counter()
+    function()
+    torch.cuda.synchronize() if on_cuda else None
+    return time.perf_counter() - started
+
+
+def matrix_product(config):
+    """(function, FLOP) of the ceiling: one large matrix product in the training precision, 8,192 square, on a CPU 1,024."""
+    size = 8192 if config.device.startswith("cuda") else 1024
+    a = torch.randn(size, size, device=config.device, dtype=AMP_DTYPES[config.amp_dtype])
+    return lambda: a @ a, 2 * size**3
+
+
+def flops_per_byte(model, config):
+    """Of training: 6 for each weight of a matrix product and 12 L D for each layer's attention, the usual count (PaLM,
+    arXiv 2204.02311, appendix B). Looking up embeddings costs none."""
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    return 6 * weights + 12 * config.num_layers * config.max_length * config.model_dim
+
+
+def trace_parts(state, train_step, trace_file, steps=5):
+    """Milliseconds per step of each part of an eager step (a compiled one has no parts); writes the profiler's trace."""
+    label, model, layers = record_function, state.model, state.model.layers
+    parts = {"embedding": [model.tok_embeddings], "head": [model.output]}
+    parts |= {"convolution": [b.convolution for b in layers], "attention": [b.attention for b in layers]}
+    parts |= {"feed-forward": [b.feed_forward for b in layers]}
+    for name, modules in parts.items():
+        for module in modules:
+            module.forward = label(name)(module.forward)
+    state.ema.update_parameters = label("average of the weights")(state.ema.update_parameters)
+    train_step(model)
+    with torch.profiler.profile() as profiler:
+        for _ in range(steps):
+            label("step")(train_step)(model)
+    profiler.export_chrome_trace(str(trace_file))
+    on_cuda = next(model.parameters()).is_cuda
+    total = {e.key: e.device_time_total if on_cuda else e.cpu_time_total for e in profiler.key_averages()}
+    total["optimizer"] = sum(time for key, time in total.items() if key.startswith("Optimizer.step"))
+    total["norms, masks, loss"] = total["forward and loss"] - sum(total[name] for name in parts)
+    shown = ["fetch", *parts, "norms, masks, loss", "backward", "optimizer", "average of the weights"]
+    return {name: total[name] / steps / 1e3 for name in shown} | {"whole step": total["step"] / steps / 1e3}
+
+
+def profile(config, steps=20):
+    """Print the speed of training, its share of the measured ceiling, the memory and the parts of a step. Returns 0."""
+    write_starter_corpus(config)
+    train_set, _ = open_datasets(config)
+    state = TrainingState(config)
+    batches = iter(data_loader(train_set, config, 0))
+
+    def train_step(forward):
+        backward_pass(forward, state.scaler, batches, config, step=0)
+        optimizer_step(state, 1e-3)
+
+    forward = compile_model(state.model, config)
+    product, product_flops = matrix_product(config)
+    for _ in range(3):  # warm up
+        train_step(forward), product()
+    times = [(seconds_of(product, config), seconds_of(lambda: train_step(forward), config)) for _ in range(steps)]
+    product_seconds, step_seconds = np.median(times, axis=0)  # measured in turn: both met the same machine
+    step_bytes = config.batch_size * config.max_length * config.gradient_accumulation_steps
+    flops, ceiling = flops_per_byte(state.model, config) * step_bytes / step_seconds, product_flops / product_seconds
+    kept = itertools.chain(state.model.parameters(), state.model.parameters(), state.ema.module.parameters())
+    kept = itertools.chain(kept, *(values.values() for o in state.optimizers for values in o.state.values()))
+    state_bytes = sum(tensor.nbytes for tensor in kept)
+    print(
+        f"{config.device} {config.amp_dtype}, {config.num_layers} x {config.model_dim}, {step_bytes:,} bytes per step"
+    )
+    print(
+        f"speed    {step_bytes / step_seconds:,.0f} bytes/s, {step_seconds * 1e3:,.1f} ms per step, median of {steps}"
+    )
+    print(
+        f"compute  {flops / 1e9:,.1f} GFLOP/s, {flops / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large matrix product"
+    )
+    print(f"memory   {state_bytes / 2**20:,.1f} MiB of weights, their average, gradients and optimizer state")
+    if config.device.startswith("cuda"):
+        print(f"peak     {torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB, activations included")
+    run_dir = make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}"))
+    parts = trace_parts(state, train_step, run_dir / "trace.json")
+    print("parts of a step that is not compiled, in milliseconds:")
+    for name, milliseconds in parts.items():
+        print(f"{milliseconds:10.2f}  {milliseconds / parts['whole step']:4.0%}  {name}")
+    print(f"trace    {run_dir / 'trace.json'} (open it in ui.perfetto.dev)")
     return 0
 
 
@@ -1243,7 +1428,13 @@ def evaluate_command(argv):
     return 0
 
 
-COMMANDS = {"generate": generate_command, "evaluate": evaluate_command}
+def profile_command(argv):
+    parser = OneLineParser("main.py profile", description="Where a training step's time goes.", allow_abbrev=False)
+    add_config_flags(parser)
+    return profile(CONFIG(**vars(parser.parse_args(argv))))
+
+
+COMMANDS = {"generate": generate_command, "evaluate": evaluate_command, "profile": profile_command}
 
 
 def main(argv=None):

@@ -43,7 +43,7 @@ def test_attention_equals_a_naive_loop(config, model, masked):
     visible = torch.ones(2, 7, dtype=torch.bool)
     if masked:
         visible[0, 5:] = visible[1, 0] = False
-    mask = visible[:, None, None] if masked else None
+    mask = visible if masked else None
     torch.testing.assert_close(
         attention(x, model.freqs_cis[:7], mask),
         naive_attention(attention, x, config.rope_theta, visible),
@@ -139,14 +139,24 @@ def test_the_default_sizes_have_the_announced_parameters(device, expected):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=0.02)
 
 
-def test_weight_decay_reaches_matrices_only(config, model):
-    decay = {
-        id(p): group["weight_decay"]
-        for group in main.build_optimizer(model, config).param_groups
-        for p in group["params"]
-    }
-    for parameter in model.parameters():
-        assert decay[id(parameter)] == (config.weight_decay if parameter.ndim >= 2 else 0.0)
+@torch.no_grad()
+def test_the_convolution_equals_pytorch_s_own(config):
+    convolution = main.DepthwiseConvolution(5, 32)
+    torch.nn.init.normal_(convolution.weight)
+    reference = torch.nn.Conv1d(32, 32, 5, padding=2, groups=32, bias=False)
+    reference.weight.copy_(convolution.weight.T[:, None])
+    x = torch.randn(3, 11, 32)
+    torch.testing.assert_close(convolution(x), x + reference(x.mT).mT)
+
+
+@torch.no_grad()
+def test_without_a_convolution_the_model_is_the_plain_transformer(config):
+    plain = main.MaskPredictor(main.CONFIG(**TINY, conv_width=0))
+    assert not any("convolution" in name for name, _ in plain.named_parameters())
+    with_it = main.MaskPredictor(config)  # the convolutions start at zero
+    with_it.load_state_dict(plain.state_dict(), strict=False)
+    tokens = torch.randint(0, 256, (2, 9))
+    assert torch.equal(plain(tokens), with_it(tokens))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -167,3 +167,23 @@ def test_accumulating_micro_batches_gives_the_gradient_of_one_batch(tmp_path, sh
         gradients.append([loss, *(p.grad for p in model.parameters())])
     for one, many in zip(*gradients, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-6)
+
+
+def test_the_bell_has_the_quantiles_of_a_normal_around_one_half():
+    t = (torch.arange(100_000) + 0.5) / 100_000
+    bell = main.bell_quantile(t, 0.15)
+    assert bell.mean().item() == pytest.approx(0.5, abs=1e-3)
+    assert bell.std().item() == pytest.approx(0.15, rel=0.01)
+    assert (main.bell_quantile(torch.tensor([0.0, 0.5, 0.999999]), 0.5) < 1).all()
+    assert (main.bell_quantile(torch.tensor([0.0, 0.5, 0.999999]), 0.5) >= 0).all()
+    assert torch.equal(main.bell_quantile(t, 0.0), t)
+
+
+def test_the_loss_by_default_is_the_bound_whatever_training_draws(config, model):
+    """mask_ratio_std belongs to the training loop: masked_diffusion_loss and estimate_nelbo never see it."""
+    x0 = torch.randint(0, 256, (64, 16))
+    torch.manual_seed(0)
+    counts = []
+    model.register_forward_pre_hook(lambda _, given: counts.append((given[0] == main.MASK).sum(dim=1)))
+    main.masked_diffusion_loss(model, x0)
+    assert sorted(counts[0].tolist()) == sorted(list(range(1, 17)) * 4)

@@ -85,7 +85,7 @@ class CONFIG:
     ffn_dim: int = by_size(cpu=352, gpu=1024)  # hidden width of the feed-forward network, usually 8/3 of model_dim
     max_length: int = by_size(cpu=128, gpu=256)  # [L] bytes of context
     batch_size: int = by_size(cpu=16, gpu=64)  # [B] sequences per process and micro-batch
-    learning_rate: float = by_size(cpu=3e-3, gpu=1e-3)  # peak, after the warm-up, of AdamW
+    learning_rate: float = by_size(cpu=3e-2, gpu=1e-2)  # peak, after the warm-up, of AdamW
     muon_learning_rate: float = by_size(cpu=0.02, gpu=0.02)  # peak for the matrices of the blocks; 0: AdamW for all
     max_steps: int = by_size(cpu=4000, gpu=10000)  # optimizer steps of the whole run
     ema_decay: float = by_size(cpu=0.99, gpu=0.999)  # of the averaged weights that are evaluated and sampled from
@@ -109,7 +109,7 @@ class CONFIG:
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     gradient_clip_val: float = 1.0  # largest global gradient norm
     weight_decay: float = 0.1  # decoupled, on matrices only
-    warmup_steps: int = 100  # linear rise of the learning rate, before its linear decay to zero
+    warmup_steps: int = 50  # linear rise of the learning rate, before its linear decay to zero
     max_minutes: float = 0.0  # end by the clock, learning rate decayed by then; 0: only max_steps counts
 
     # Sampling

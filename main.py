@@ -19,6 +19,7 @@ MD4    arXiv 2406.04329   the same objective, derived as a weighted integral of 
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -41,7 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn import RMSNorm  # x / sqrt(mean(x^2) + eps) * weight
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -59,9 +60,7 @@ class TrainingError(RuntimeError):
     """Training cannot go on. `main` prints it as one line and exits with code 1."""
 
 
-# ======================================================================================================================
-# CONFIG: edit a default here, or give the flag of the same name
-# ======================================================================================================================
+# === CONFIG: edit a default here, or give the flag of the same name ===================================================
 
 
 def by_size(cpu, gpu):
@@ -86,11 +85,9 @@ class CONFIG:
     max_length: int = by_size(cpu=128, gpu=256)  # [L] bytes of context
     batch_size: int = by_size(cpu=16, gpu=64)  # [B] sequences per process and micro-batch
     learning_rate: float = by_size(cpu=3e-2, gpu=1e-2)  # peak, after the warm-up, of AdamW
-    muon_learning_rate: float = by_size(cpu=0.02, gpu=0.02)  # peak for the matrices of the blocks; 0: AdamW for all
     max_steps: int = by_size(cpu=4000, gpu=10000)  # optimizer steps of the whole run
     ema_decay: float = by_size(cpu=0.99, gpu=0.999)  # of the averaged weights that are evaluated and sampled from
     dropout: float = by_size(cpu=0.0, gpu=0.1)  # after each attention and feed-forward; many epochs need some
-    validate_every: int = by_size(cpu=1000, gpu=1000)  # steps between validations
     validation_bytes: int = by_size(cpu=32768, gpu=524288)  # at most this much of the validation text each time
 
     # Data
@@ -105,15 +102,16 @@ class CONFIG:
     rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
 
     # Optimization
+    muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the blocks; 0: AdamW for all
     mask_ratio_std: float = 0.15  # training draws the share of masks from a normal around 1/2; 0: uniform, the bound
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     gradient_clip_val: float = 1.0  # largest global gradient norm
-    weight_decay: float = 0.1  # decoupled, on matrices only
+    weight_decay: float = 0.1  # of AdamW, decoupled, on matrices only; Muon's matrices have none
     warmup_steps: int = 50  # linear rise of the learning rate, before its linear decay to zero
     max_minutes: float = 0.0  # end by the clock, learning rate decayed by then; 0: only max_steps counts
 
     # Sampling
-    inference_steps: int = 64  # forward passes per response
+    inference_steps: int = 64  # forward passes per response, at most (but one for each block)
     temperature: float = 0.7  # of the byte distribution; 0 takes the most probable byte
     remasking: str = "low_confidence"  # which predictions stay masked at each step: low_confidence or random
     block_length: int = 0  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
@@ -123,8 +121,9 @@ class CONFIG:
     name: str = "diffusion"  # the run's folder is runs/NAME_TIME
     seed: int = 0  # of the weights, the data order and the masks
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    amp_dtype: str = "auto"  # bf16, fp16 (with a GradScaler) or fp32; auto: bf16 where the GPU has it, fp32 on a CPU
+    amp_dtype: str = "auto"  # bf16, fp16 (with a GradScaler), fp32; auto: bf16 or else fp16 on CUDA, fp32 elsewhere
     compile: bool = True  # torch.compile; without a C++ compiler the run warns once and goes on without
+    validate_every: int = 1000  # steps between validations
     checkpoint_every: int = 500  # steps between checkpoints
     log_every: int = 10  # steps between points in TensorBoard
 
@@ -138,32 +137,30 @@ class CONFIG:
             on_cuda = self.device.startswith("cuda")
             has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             self.amp_dtype = "bf16" if has_bf16 else "fp16" if on_cuda else "fp32"
-        at_least_0 = "num_workers weight_decay warmup_steps max_minutes temperature block_length num_samples seed"
-        at_least_0 += " conv_width mask_ratio_std muon_learning_rate"
-        below_1 = "dropout ema_decay random_length_prob"
-        choices = {"remasking": ("low_confidence", "random"), "amp_dtype": tuple(AMP_DTYPES)}
         for name, value in vars(self).items():
-            if name in choices:
-                require(value in choices[name], name, value, "one of " + ", ".join(choices[name]))
-            elif name in below_1.split():
+            if name in CHOICES:
+                require(value in CHOICES[name], name, value, "one of " + ", ".join(CHOICES[name]))
+            elif name in SHARES:
                 require(0 <= value < 1, name, value, "at least 0 and below 1")
-            elif name in at_least_0.split():
+            elif name in MAY_BE_0:
                 require(value >= 0, name, value, "0 or more")
-            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            elif type(value) in (int, float):
                 require(value > 0, name, value, "above 0")
-        head_dim = self.model_dim / self.num_heads
-        require(
-            head_dim % 2 == 0, "num_heads", self.num_heads, f"so that model_dim={self.model_dim} / num_heads is even"
-        )
-        is_odd_or_0 = self.conv_width % 2 == 1 or self.conv_width == 0
-        require(is_odd_or_0, "conv_width", self.conv_width, "odd, so that it is centred, or 0")
+        even = self.model_dim % (2 * self.num_heads) == 0
+        require(even, "num_heads", self.num_heads, f"so that model_dim={self.model_dim} / num_heads is even")
+        require(self.seed < 2**63, "seed", self.seed, "below 2^63")
         fits = self.max_length <= self.rope_max_length_buffer
         require(fits, "max_length", self.max_length, f"at most rope_max_length_buffer={self.rope_max_length_buffer}")
-        plain_name = re.fullmatch(r"[^/\\\0]+", self.name) and self.name not in (".", "..")
-        require(plain_name, "name", self.name, "a plain folder name without slashes")
+        require(self.conv_width % 2 or not self.conv_width, "conv_width", self.conv_width, "odd, to be centred, or 0")
+        is_plain = re.fullmatch(r"[^/\\\0]+", self.name) and self.name not in (".", "..")
+        require(is_plain, "name", self.name, "a plain folder name without slashes")
 
 
 AMP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHOICES = {"remasking": ("low_confidence", "random"), "amp_dtype": tuple(AMP_DTYPES)}
+SHARES = {"dropout", "ema_decay", "random_length_prob"}
+MAY_BE_0 = {"num_workers", "weight_decay", "warmup_steps", "max_minutes", "temperature", "block_length", "num_samples"}
+MAY_BE_0 |= {"seed", "conv_width", "mask_ratio_std", "muon_learning_rate"}
 
 
 def require(condition, name, value, accepted):
@@ -184,19 +181,15 @@ def resolve_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     require(re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(name)), "device", name, "auto, cpu, cuda, cuda:N or mps")
-    missing = name.startswith("cuda") and torch.device(name).index or 0
-    if name.startswith("cuda") and missing >= torch.cuda.device_count():
-        raise InputError(
-            f"device={name!r} is not there: this torch sees {torch.cuda.device_count()} CUDA GPUs; use cpu"
-        )
+    num_gpus = torch.cuda.device_count()
+    if name.startswith("cuda") and (torch.device(name).index or 0) >= num_gpus:
+        raise InputError(f"device={name!r} is not there: this torch sees {num_gpus} CUDA GPUs; use cpu")
     if name == "mps" and not torch.backends.mps.is_available():
         raise InputError("device='mps' is not there: this torch sees no Apple GPU; use cpu")
     return name
 
 
-# ======================================================================================================================
-# Data: a file of bytes becomes batches of x0 [B, L]
-# ======================================================================================================================
+# === Data: a file of bytes becomes batches of x0 [B, L] ===============================================================
 
 
 class ByteLevelTextDataset(Dataset):
@@ -219,8 +212,9 @@ class ByteLevelTextDataset(Dataset):
         self.path, self.max_length, self.seed, self.start, self.stop = str(path), max_length, seed, start, stop
         num_bytes = len(range(file_size(path))[start:stop])
         if num_bytes < max_length:
+            part = f" (from byte {start:,} on)" if start else ""
             raise InputError(
-                f"{path}: {num_bytes:,} bytes are less than one sequence of max_length={max_length:,}; "
+                f"{path}{part}: {num_bytes:,} bytes are less than one sequence of max_length={max_length:,}; "
                 "add text or lower --max_length"
             )
         with open(path, "rb") as file:
@@ -239,6 +233,7 @@ class ByteLevelTextDataset(Dataset):
         return math.ceil(len(self.bytes) / self.max_length)
 
     def __iter__(self):
+        """The first epoch; further ones are at the indices from len(self) on."""
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index):
@@ -287,34 +282,54 @@ def file_size(path):
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
 
 
-def write_starter_corpus(config):
-    """If there is neither training nor validation text, write real English that every CPython carries, the language
-    reference; a tenth of its topics is held out. Only files of the default names are ever made, and none overwritten."""
-    paths = Path(config.train_data_file), Path(config.validation_data_file)
-    if rank() == 0 and paths == (Path("train.txt"), Path("validation.txt")) and not any(p.exists() for p in paths):
-        from pydoc_data.topics import topics
+def starter_corpus():
+    """Training and validation bytes from real English that every CPython carries, its language reference: every tenth
+    topic is held out."""
+    from pydoc_data.topics import topics
 
-        texts = sorted({text.strip() for text in topics.values()})
-        held_out = texts[5::10]
-        for path, part in zip(paths, ([t for t in texts if t not in held_out], held_out)):
+    texts = sorted({text.strip() for text in topics.values()})
+    held_out = texts[5::10]
+    return ["\n\n\n".join(part).encode() for part in ([t for t in texts if t not in held_out], held_out)]
+
+
+def write_starter_corpus(config):
+    """Write the starter corpus if there is neither training nor validation text; only to files of the default names."""
+    paths = Path(config.train_data_file), Path(config.validation_data_file)
+    if rank() == 0 and paths == DEFAULT_DATA_FILES and not any(path.exists() for path in paths):
+        for path, text in zip(paths, starter_corpus()):
             with open(path, "xb") as file:  # x: fails if the file exists
-                file.write("\n\n\n".join(part).encode())
-            say(
-                f"wrote {path}: {file_size(path):,} bytes of Python's language reference, until you put your own text there"
-            )
-    over_processes("max", 0)  # the other processes wait for the files
+                file.write(text)
+            say(f"wrote {path}: {len(text):,} bytes of Python's language reference; put your own text in its place")
+    over_processes("max", [0])  # the other processes wait for the files
+
+
+DEFAULT_DATA_FILES = Path("train.txt"), Path("validation.txt")
+
+
+def holds_out(config):
+    """Whether the last 5 % of the training text are the validation text: if there is no other, or if only the training
+    text was chosen, since validation.txt is then likely of another kind."""
+    paths = Path(config.train_data_file), Path(config.validation_data_file)
+    return paths[1] == DEFAULT_DATA_FILES[1] and (paths[0] != DEFAULT_DATA_FILES[0] or not paths[1].exists())
+
+
+def open_validation_set(config):
+    if not holds_out(config):
+        return ByteLevelTextDataset(config.validation_data_file, config.max_length)
+    say(f"no validation text of its own: the last 5 % of {config.train_data_file} are held out for validation")
+    start = file_size(config.train_data_file) * 95 // 100
+    return ByteLevelTextDataset(config.train_data_file, config.max_length, start=start)
 
 
 def open_datasets(config):
     """The (training, validation) datasets of a run."""
-    train_path, validation_path = Path(config.train_data_file), Path(config.validation_data_file)
-    if validation_path.exists():
-        validation_set = ByteLevelTextDataset(validation_path, config.max_length)
-        return ByteLevelTextDataset(train_path, config.max_length, config.seed), validation_set
-    split = file_size(train_path) * 95 // 100
-    say(f"{validation_path} does not exist: the last 5 % of {train_path} are held out for validation")
-    train_set = ByteLevelTextDataset(train_path, config.max_length, config.seed, stop=split)
-    return train_set, ByteLevelTextDataset(train_path, config.max_length, start=split)
+    validation_set = open_validation_set(config)
+    stop = validation_set.start if holds_out(config) else None
+    train_set = ByteLevelTextDataset(config.train_data_file, config.max_length, config.seed, stop=stop)
+    starter_sizes = tuple(len(text) for text in starter_corpus())
+    if len(validation_set.bytes) == starter_sizes[1] and len(train_set.bytes) != starter_sizes[0]:
+        say(f"warning: {validation_set.path} is the starter corpus, {train_set.path} is not; delete it to hold out 5 %")
+    return train_set, validation_set
 
 
 def batch_indices(config, first_step):
@@ -344,9 +359,7 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# ======================================================================================================================
-# Model: predicts every byte of a partly masked sequence at once
-# ======================================================================================================================
+# === Model: predicts every byte of a partly masked sequence at once ===================================================
 
 
 def rope_table(length, head_dim, theta):
@@ -471,22 +484,29 @@ class MaskPredictor(nn.Module):
             raise InputError(f"a sequence of {length} bytes exceeds rope_max_length_buffer={longest}; raise that field")
         if attention_mask is None and not torch.compiler.is_compiling() and (tokens == PAD).any():
             attention_mask = tokens != PAD
+        if attention_mask is not None:
+            attention_mask = attention_mask | ~attention_mask.any(
+                dim=1, keepdim=True
+            )  # a row of PAD sees itself: no NaN
         x = self.tok_embeddings(tokens)  # [B, L, D]
         for layer in self.layers:
             x = layer(x, self.freqs_cis[:length], attention_mask)
         return self.output(self.norm(x)).float()  # [B, L, 256]
 
 
-# ======================================================================================================================
-# The diffusion objective
-# ======================================================================================================================
+# === The diffusion objective ==========================================================================================
+
+
+def stratified_quantiles(count, generator):
+    """t [count]: one number in [0, 1) from each of `count` equal parts of it, all at the same random offset."""
+    offset = torch.rand(1, generator=generator, device=generator.device)
+    return (torch.arange(count, device=generator.device) + offset) / count
 
 
 def draw_noise(num_rows, length, generator):
-    """All the randomness of masking a batch: t [num_rows], one quantile in [0, 1) per sequence, stratified over the rows
-    so that every batch covers all mask ratios evenly, and scores [num_rows, length], which rank the positions."""
-    u = torch.rand(1, generator=generator, device=generator.device)
-    t = (torch.arange(num_rows, device=generator.device) + u) / num_rows
+    """All the randomness of masking a batch: t [num_rows], stratified so that every batch covers all shares of masks
+    evenly, and scores [num_rows, length], which rank the positions of each sequence."""
+    t = stratified_quantiles(num_rows, generator)
     return t, torch.rand(num_rows, length, generator=generator, device=generator.device)
 
 
@@ -543,9 +563,7 @@ def masked_diffusion_loss(model, x0, t=None, scores=None, attention_mask=None):
     return sequence_losses(model, x0, t, scores, attention_mask).mean()
 
 
-# ======================================================================================================================
-# Sampler: from MASKs to text
-# ======================================================================================================================
+# === Sampler: from MASKs to text ======================================================================================
 
 
 def add_gumbel_noise(logits, temperature, generator):
@@ -567,7 +585,8 @@ def choose_positions(candidates, confidence, num_commits):
 
 @torch.no_grad()
 def denoise(model, canvas, config, generator):
-    """Fill every MASK of canvas [L] in place, as LLaDA's algorithm 5 does; yields the canvas after each step.
+    """Fill every MASK of canvas [L] in place, as LLaDA's algorithms 4 (random) and 5 (low_confidence) do; yields the
+    canvas after each step.
 
     The masked stretch is cut into blocks, filled from left to right. Each step predicts all MASKs, draws a byte for each
     and commits some of the block's: its masks divided by its steps, the remainder spread over the first steps.
@@ -641,22 +660,18 @@ def evaluation_mode(model):
         model.train(was_training)
 
 
-class LiveView:
-    """Shows a canvas in place in a terminal: masks as dim dots. Silent where the output is no terminal."""
-
-    def __call__(self, canvas):
-        if sys.stdout.isatty():
-            dot = "·" if "NO_COLOR" in os.environ else "\x1b[2m·\x1b[0m"
-            runs = itertools.groupby(canvas.tolist(), key=lambda token: token == MASK)
-            text = "".join(
-                dot * len(list(tokens)) if masked else bytes(tokens).decode(errors="replace") for masked, tokens in runs
-            )
-            print("\x1b[H\x1b[2J" + text, flush=True)
+def show_canvas(canvas):
+    """Show a canvas in place in a terminal, masks as dim dots; where the output is no terminal, nothing."""
+    if sys.stdout.isatty():
+        dot = "·" if "NO_COLOR" in os.environ else "\x1b[2m·\x1b[0m"
+        text = ""
+        for is_masked, group in itertools.groupby(canvas.tolist(), key=lambda token: token == MASK):
+            tokens = list(group)
+            text += dot * len(tokens) if is_masked else bytes(tokens).decode(errors="replace")
+        print("\x1b[H\x1b[2J" + text, flush=True)
 
 
-# ======================================================================================================================
-# Evaluation
-# ======================================================================================================================
+# === Evaluation =======================================================================================================
 
 
 @torch.no_grad()
@@ -678,8 +693,7 @@ def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
     num_chunks = len(dataset) if not max_bytes else min(len(dataset), math.ceil(max_bytes / dataset.max_length))
     chunks = np.arange(num_chunks) * len(dataset) // num_chunks
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same masks whatever the device
-    t, _ = draw_noise(num_chunks, 0, generator)
-    t = t[torch.randperm(num_chunks, generator=generator)]
+    t = stratified_quantiles(num_chunks, generator)[torch.randperm(num_chunks, generator=generator)]
     losses, lengths = torch.zeros(num_chunks, dtype=torch.double), torch.zeros(num_chunks, dtype=torch.double)
     with evaluation_mode(model):
         for number, rows in enumerate(torch.arange(num_chunks).split(batch_size)):
@@ -689,17 +703,15 @@ def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
                 lengths[rows] = (x0 != PAD).sum(dim=1).double()
                 batch = (tensor.to(device) for tensor in (x0, t[rows], scores))
                 losses[rows] = sequence_losses(model, *batch).cpu().double() * BITS_PER_NAT
-    losses, lengths = (
-        torch.tensor(over_processes("sum", *numbers), dtype=torch.double) for numbers in (losses, lengths)
-    )
+    losses, lengths = over_processes("sum", losses), over_processes("sum", lengths)
     mean = (losses * lengths).sum() / lengths.sum()
     spread = ((losses - mean) * lengths).square().sum().sqrt() / lengths.sum()
     return mean.item(), spread.item() if num_chunks > 1 else math.nan
 
 
 def continue_validation_prompts(model, dataset, config):
-    """Cut prompts at evenly spaced places of the validation text and continue them: a list of
-    (prompt, response, true continuation), five eighths of max_length prompt, three eighths response."""
+    """Cut prompts at evenly spaced places of the validation text and continue them; yields (prompt, response, true
+    continuation), five eighths of max_length prompt, three eighths response."""
     prompt_length = config.max_length * 5 // 8
     for number in range(config.num_samples):
         x0 = bytes(b for b in dataset[len(dataset) * number // config.num_samples].tolist() if b != PAD)
@@ -709,9 +721,7 @@ def continue_validation_prompts(model, dataset, config):
         yield shown_prompt, text[len(shown_prompt) :], truth.decode(errors="replace")
 
 
-# ======================================================================================================================
-# Optimizer and schedule
-# ======================================================================================================================
+# === Optimizer and schedule ===========================================================================================
 
 
 class Muon(torch.optim.Optimizer):
@@ -732,7 +742,10 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(matrix.shape, []).append(matrix)
             for shape, matrices in by_shape.items():
                 gradients = [matrix.grad for matrix in matrices]
-                averages = [self.state[m].setdefault("momentum_buffer", torch.zeros_like(m)) for m in matrices]
+                for matrix in matrices:
+                    if not self.state[matrix]:
+                        self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+                averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
                 torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
                 updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's
                 scale = max(1, shape[0] / shape[1]) ** 0.5
@@ -771,9 +784,7 @@ def learning_rate_scale(config, step, minutes):
     return min(1.0, (step + 1) / (config.warmup_steps + 1)) * max(0.0, 1.0 - progress)
 
 
-# ======================================================================================================================
-# Checkpoints
-# ======================================================================================================================
+# === Checkpoints ======================================================================================================
 
 CHECKPOINT_VERSION = 1
 
@@ -786,8 +797,7 @@ class TrainingState:
         self.config, self.step, self.minutes, self.best_bound = config, 0, 0.0, math.inf
         torch.manual_seed(config.seed)
         self.model = MaskPredictor(config).to(config.device)
-        average = get_ema_multi_avg_fn(config.ema_decay)
-        self.ema = AveragedModel(self.model, multi_avg_fn=average).eval().requires_grad_(False)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)  # exponential moving average of the weights
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp_dtype == "fp16")
 
@@ -796,7 +806,7 @@ class TrainingState:
             "version": CHECKPOINT_VERSION,
             "config": dataclasses.asdict(self.config),
             "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict(),
+            "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -805,23 +815,30 @@ class TrainingState:
         }
 
     def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
-        self.ema.module.load_state_dict(state["ema"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
+        """Raises InputError if the state is that of another CONFIG."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            if self.scaler.is_enabled() and state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise InputError(f"the checkpoint does not fit this CONFIG, leave out what changes it ({reason})") from None
         self.step, self.minutes, self.best_bound = state["step"], state["minutes"], state["best_bound"]
-        self.ema.n_averaged.fill_(self.step)  # 0 would make the next update copy the weights instead of averaging
 
 
-def save_checkpoint(path, state):
-    """Write beside, then rename: whenever the process dies, `path` is a whole file, the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
+def save_checkpoint(run_dir, name, state):
+    """Write beside, then rename: whenever the process dies, the file is whole, the old one or the new one."""
+    if rank() != 0:
+        return
+    temporary = run_dir / f"{name}.tmp"
     with open(temporary, "wb") as file:
-        torch.save(state, file)
+        torch.save(state.state_dict(), file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(temporary, run_dir / name)
 
 
 def read_checkpoint(path):
@@ -833,6 +850,14 @@ def read_checkpoint(path):
     if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
         raise InputError(f"{path}: not a checkpoint of this program (version {CHECKPOINT_VERSION})")
     return state
+
+
+def saved_config(state, **overrides):
+    """The CONFIG of a checkpoint. A field that this file no longer has is an InputError, a new one gets its default."""
+    unknown = state["config"].keys() - {field.name for field in dataclasses.fields(CONFIG)}
+    if unknown:
+        raise InputError(f"the checkpoint has fields that CONFIG no longer has: {', '.join(sorted(unknown))}")
+    return CONFIG(**{**state["config"], **overrides})
 
 
 def newest_run(runs=Path("runs")):
@@ -859,15 +884,13 @@ def load_checkpoint(path, device="auto"):
     if path.is_dir():
         path = path / "best.pt" if (path / "best.pt").exists() else path / "latest.pt"
     state = read_checkpoint(path)
-    config = CONFIG(**{**state["config"], "device": device, "amp_dtype": "auto"})
+    config = saved_config(state, device=device, amp_dtype="auto")
     model = MaskPredictor(config).to(config.device).eval().requires_grad_(False)
     model.load_state_dict(state["ema"])
     return model, config, state
 
 
-# ======================================================================================================================
-# Logging
-# ======================================================================================================================
+# === Logging ==========================================================================================================
 
 
 def say(text):
@@ -889,7 +912,7 @@ def open_writer(run_dir, first_step):
         return SilentWriter()
     from torch.utils.tensorboard import SummaryWriter  # imported late: it takes seconds
 
-    return SummaryWriter(run_dir, purge_step=first_step)
+    return SummaryWriter(run_dir, purge_step=first_step + 1)
 
 
 def make_run_dir(config):
@@ -905,44 +928,13 @@ def make_run_dir(config):
     return run_dir
 
 
-class Progress:
-    """A tqdm bar in a terminal; elsewhere a plain line now and then."""
-
-    def __init__(self, config, first_step):
-        self.in_terminal = sys.stdout.isatty()
-        self.bar = tqdm(
-            total=config.max_steps,
-            initial=first_step,
-            file=sys.stdout,
-            disable=rank() != 0 or not self.in_terminal,
-            bar_format="{percentage:3.0f}%|{bar}| {desc}",
-        )
-        self.max_steps, self.next_line = config.max_steps, 0.0
-
-    def update(self, step, loss, learning_rate, bytes_per_second, seconds_left):
-        text = (
-            f"step {step:,}/{self.max_steps:,}  loss {loss:.3f} nats/byte  lr {learning_rate:.2e}  "
-            f"{bytes_per_second:,.0f} bytes/s  {format_seconds(seconds_left)} left"
-        )
-        self.bar.update(step - self.bar.n)
-        self.bar.set_description_str(text)
-        if not self.in_terminal and time.monotonic() >= self.next_line:
-            say(text)
-            self.next_line = time.monotonic() + 10
-
-    def close(self):
-        self.bar.close()
-
-
 def format_seconds(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-# ======================================================================================================================
-# Many processes: each does the same on its share of the batch (torchrun sets RANK, WORLD_SIZE and LOCAL_RANK)
-# ======================================================================================================================
+# === Many processes: each does the same on its share of the batch (torchrun sets RANK, WORLD_SIZE and LOCAL_RANK) =====
 
 
 @contextmanager
@@ -970,17 +962,15 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def over_processes(operation, *numbers):
-    """Each number's "max" or "sum" over all processes: so they decide alike, and wait for each other."""
-    numbers = torch.tensor(numbers, dtype=torch.double)
+def over_processes(operation, numbers):
+    """Each number's "max" or "sum" over all processes, float64: so they decide alike, and wait for each other."""
+    numbers = torch.as_tensor(numbers, dtype=torch.double)
     if dist.is_initialized():
         dist.all_reduce(numbers, {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}[operation])
-    return numbers.tolist()
+    return numbers
 
 
-# ======================================================================================================================
-# Training
-# ======================================================================================================================
+# === Training =========================================================================================================
 
 FINAL_VALIDATION_BYTES = 2**20  # the bound told at the end is that of the whole validation text, up to this size
 
@@ -991,7 +981,8 @@ def autocast(config):
 
 
 def sequence_length(config, step):
-    """max_length or, in a share random_length_prob of the steps, a half, a quarter or an eighth of it."""
+    """max_length or, in a share random_length_prob of the steps, a half, a quarter or an eighth of it: the batch is then
+    cut into so many times more sequences (what a length does not divide is left out)."""
     rng = np.random.default_rng([config.seed, step])
     is_short = rng.random() < config.random_length_prob
     return max(1, config.max_length >> int(rng.integers(1, 4))) if is_short else config.max_length
@@ -1007,6 +998,8 @@ def compile_model(model, config):
         x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
         with autocast(config):
             masked_diffusion_loss(compiled, x0).backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001  whatever went wrong inside the compiler, training works without it
         say(f"warning: torch.compile does not work here ({type(error).__name__}); going on without it, which is slower")
         compiled = model
@@ -1015,7 +1008,8 @@ def compile_model(model, config):
 
 
 def seconds_per_step(model, config):
-    """Time of one step's forward and backward passes, measured on a made-up batch: for the announcement only."""
+    """Time of one step, for the announcement: that of forward and backward on a made-up batch, and a quarter of it for
+    optimizer and validations, which is their share at the default CPU size."""
     x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
     for _ in range(2):  # the first one warms up
         started = time.monotonic()
@@ -1023,14 +1017,18 @@ def seconds_per_step(model, config):
             masked_diffusion_loss(model, x0).backward()
         float(next(model.parameters()).grad.sum())  # waits for the GPU
     model.zero_grad(set_to_none=True)
-    return (time.monotonic() - started) * config.gradient_accumulation_steps
+    return 1.25 * (time.monotonic() - started) * config.gradient_accumulation_steps
+
+
+def bytes_per_step(config):
+    return config.batch_size * config.max_length * config.gradient_accumulation_steps * world_size()
 
 
 def announce(config, state, train_set, validation_set, run_dir, seconds):
-    step_bytes = config.batch_size * config.max_length * config.gradient_accumulation_steps * world_size()
-    epochs = config.max_steps * step_bytes / len(train_set.bytes)
-    seconds *= config.max_steps - state.step
-    seconds = min(seconds, config.max_minutes * 60) if config.max_minutes else seconds
+    steps = config.max_steps
+    if config.max_minutes:
+        steps = min(steps, state.step + max(0, int(60 * (config.max_minutes - state.minutes) / seconds)))
+    epochs = steps * bytes_per_step(config) / len(train_set.bytes)
     parameters = sum(p.numel() for p in state.model.parameters())
     gpu = f" ({torch.cuda.get_device_name(config.device)})" if config.device.startswith("cuda") else ""
     shape = f"{config.num_layers} layers, {config.model_dim} wide, {config.max_length} bytes of context"
@@ -1038,8 +1036,8 @@ def announce(config, state, train_set, validation_set, run_dir, seconds):
     say(f"model       {parameters:,} parameters: {shape}")
     say(f"training    {train_set.path}, {len(train_set.bytes):,} bytes")
     say(f"validation  {validation_set.path}, {len(validation_set.bytes):,} bytes")
-    say(f"steps       {state.step:,} to {config.max_steps:,}, {step_bytes:,} bytes each, {epochs:.1f} epochs in all")
-    say(f"duration    about {format_seconds(seconds)}")
+    say(f"steps       {state.step:,} to {steps:,}, {bytes_per_step(config):,} bytes each, {epochs:.1f} epochs in all")
+    say(f"duration    about {format_seconds(seconds * (steps - state.step))}")
     if rank() == 0:
         say(f"logs        {run_dir.resolve()}")
         say(f"watch       tensorboard --logdir={run_dir.parent.resolve()}")
@@ -1047,18 +1045,16 @@ def announce(config, state, train_set, validation_set, run_dir, seconds):
 
 def validate(state, train_set, validation_set, writer, run_dir):
     """Bounds and samples of the averaged weights, to console, TensorBoard and samples.txt; keeps the best checkpoint."""
-    config, model = state.config, state.ema.module
+    config, model = state.config, state.ema
     train_bound, _ = estimate_nelbo(model, train_set.in_file_order(), config.validation_bytes)
     bound, error = estimate_nelbo(model, validation_set, config.validation_bytes)
     is_best = bound < state.best_bound
-    state.best_bound = min(bound, state.best_bound)
+    state.best_bound = bound if is_best else state.best_bound
     if rank() != 0:
         return
     writer.add_scalar("train/bits_per_byte", train_bound, state.step)
     writer.add_scalar("val/bits_per_byte", bound, state.step)
-    say(
-        f"step {state.step:,}: bound {bound:.3f} ± {error:.3f} bits per byte on validation, {train_bound:.3f} on training text"
-    )
+    say(f"step {state.step:,}: bound {bound:.3f} ± {error:.3f} bits per byte, on training text {train_bound:.3f}")
     report = f"## step {state.step:,}: bound {bound:.3f} bits per byte\n\n"
     for prompt, response, truth in continue_validation_prompts(model, validation_set, config):
         say(f"    prompt  {prompt!r}\n    model   {response!r}\n    truth   {truth!r}")
@@ -1068,7 +1064,7 @@ def validate(state, train_set, validation_set, writer, run_dir):
     with open(run_dir / "samples.txt", "a", encoding="utf-8") as file:
         file.write(report)
     if is_best:
-        save_checkpoint(run_dir / "best.pt", state.state_dict())
+        save_checkpoint(run_dir, "best.pt", state)
 
 
 @contextmanager
@@ -1127,48 +1123,79 @@ def optimizer_step(state, scale):
             group["lr"] = scale * peak
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip_val)
-    for optimizer in state.optimizers:
-        scaler.step(optimizer)
+    if not scaler.is_enabled() or norm.isfinite():  # in fp16 an overflow skips the step of both, and lowers the scale
+        for optimizer in state.optimizers:
+            scaler.step(optimizer)
     scaler.update()
     state.model.zero_grad(set_to_none=True)
-    state.ema.update_parameters(state.model)
+    with record_function("average of the weights"):  # PyTorch's AveragedModel would wait for the GPU at each step
+        update = get_ema_multi_avg_fn(min(config.ema_decay, (1 + state.step) / (10 + state.step)))  # shorter at first
+        update(list(state.ema.parameters()), list(state.model.parameters()), None)
     return norm
 
 
 class StepLog:
-    """Collects losses on the device, without waiting for them, and writes their mean every `log_every` steps."""
+    """Collects losses on the device, without waiting for them; every `log_every` steps their mean goes to TensorBoard and
+    to a tqdm bar or, where the output is no terminal, to a plain line every ten seconds."""
 
     def __init__(self, config, writer, first_step):
-        self.config, self.writer, self.progress = config, writer, Progress(config, first_step)
+        self.config, self.writer, self.next_line = config, writer, 0.0
+        self.bar = tqdm(
+            total=config.max_steps,
+            initial=first_step,
+            file=sys.stdout,
+            disable=rank() != 0 or not sys.stdout.isatty(),
+            bar_format="{percentage:3.0f}%|{bar}| {desc}",
+        )
         self.restart(first_step)
 
     def restart(self, step):
         """Begin a new interval: time spent before it, as for a validation, is not the training's."""
         self.started, self.first_step, self.losses = time.monotonic(), step, []
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        self.writer.close()
+
     def add(self, step, loss, norm, scale, minutes):
-        """After `step` steps. Raises TrainingError if a loss of the interval is not finite, always before it is saved."""
+        """After `step` steps: note the loss, and write where something is due."""
         self.losses.append(loss)
+        self.last = step, norm, scale, minutes
         config = self.config
-        if all(step % every for every in (config.log_every, config.validate_every, config.checkpoint_every)):
+        if not all(step % every for every in (config.log_every, config.validate_every, config.checkpoint_every)):
+            self.write()
+
+    def write(self):
+        """Write the interval, if any; always called before saving. Raises TrainingError if it was not all finite."""
+        if not self.losses:
             return
-        loss = torch.stack(self.losses).mean().item() / world_size()  # waits for the device
-        (loss,) = over_processes("sum", loss)
-        if not math.isfinite(loss):
+        config, (step, norm, scale, minutes) = self.config, self.last
+        mean = torch.stack(self.losses).mean().item()  # waits for the device
+        loss = over_processes("sum", [mean]).item() / world_size()
+        is_skipped = config.amp_dtype == "fp16"  # by the GradScaler, an overflow is
+        if not math.isfinite(loss) or not (math.isfinite(norm) or is_skipped):
             raise TrainingError(
-                f"the loss is {loss} between steps {self.first_step} and {step}; nothing was saved since. "
-                "Lower --learning_rate, or use --amp_dtype fp32"
+                f"loss {loss}, gradient norm {norm.item()} between steps {self.first_step} and {step}, not saved; "
+                "lower --learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
             )
         seconds, steps = time.monotonic() - self.started, step - self.first_step
-        step_bytes = config.batch_size * config.max_length * config.gradient_accumulation_steps * world_size()
-        bytes_per_second = steps * step_bytes / seconds
+        bytes_per_second = steps * bytes_per_step(config) / seconds
         left = (config.max_steps - step) * seconds / steps
-        left = min(left, 60 * (config.max_minutes - minutes)) if config.max_minutes else left
+        left = min(left, max(0, 60 * (config.max_minutes - minutes))) if config.max_minutes else left
         self.writer.add_scalar("train/loss", loss, step)
         self.writer.add_scalar("train/learning_rate", scale * config.learning_rate, step)
         self.writer.add_scalar("train/gradient_norm", norm.item(), step)
         self.writer.add_scalar("train/bytes_per_second", bytes_per_second, step)
-        self.progress.update(step, loss, scale * config.learning_rate, bytes_per_second, max(0, left))
+        text = f"step {step:,}/{config.max_steps:,}  loss {loss:.3f} nats/byte  lr {scale * config.learning_rate:.2e}  "
+        text += f"{bytes_per_second:,.0f} bytes/s  {format_seconds(left)} left"
+        self.bar.update(step - self.bar.n)
+        self.bar.set_description_str(text)
+        if self.bar.disable and time.monotonic() >= self.next_line:
+            say(text)
+            self.next_line = time.monotonic() + 10
         self.restart(step)
 
 
@@ -1187,56 +1214,52 @@ def train(config, run_dir=None):
     forward = compile_model(state.model, config)
     announce(config, state, train_set, validation_set, run_dir, seconds_per_step(forward, config))
     if dist.is_initialized():
-        forward = nn.parallel.DistributedDataParallel(forward)
+        forward = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
     batches = iter(data_loader(train_set, config, state.step))
     writer = open_writer(run_dir, state.step)
     writer.add_text("config", "```\n" + json.dumps(dataclasses.asdict(config), indent=2) + "\n```", state.step)
-    log = StepLog(config, writer, state.step)
     signal_number = 0
-    with stop_signals() as received, torch.compiler.set_stance("eager_on_recompile"):
+    with stop_signals() as received, StepLog(config, writer, state.step) as log:
         while state.step < config.max_steps:
             minutes = (time.monotonic() - started) / 60
-            state.minutes, signal_number = over_processes("max", minutes, max(received, default=0))
+            state.minutes, signal_number = over_processes("max", [minutes, max(received, default=0)]).tolist()
             if signal_number or (config.max_minutes and state.minutes >= config.max_minutes):
                 break
             scale = learning_rate_scale(config, state.step, state.minutes)
-            loss = backward_pass(forward, state.scaler, batches, config, state.step)
+            with torch.compiler.set_stance("eager_on_recompile"):  # the seldom other shapes are not worth a compilation
+                loss = backward_pass(forward, state.scaler, batches, config, state.step)
             norm = optimizer_step(state, scale)
             state.step += 1
             log.add(state.step, loss, norm, scale, state.minutes)
             if state.step % config.validate_every == 0 and state.step < config.max_steps:
                 validate(state, train_set, validation_set, writer, run_dir)
                 log.restart(state.step)
-            if state.step % config.checkpoint_every == 0 and rank() == 0:
-                save_checkpoint(run_dir / "latest.pt", state.state_dict())
-    if not signal_number:
+            if state.step % config.checkpoint_every == 0:
+                save_checkpoint(run_dir, "latest.pt", state)
+        log.write()
+        save_checkpoint(run_dir, "latest.pt", state)
+        if signal_number:
+            say(f"stopped at step {state.step:,} and saved; go on with: python main.py --resume '{run_dir}'")
+            return 128 + int(signal_number)
         validate(state, train_set, validation_set, writer, run_dir)
-        bound, error = estimate_nelbo(state.ema.module, validation_set, FINAL_VALIDATION_BYTES)
-    log.progress.close()
-    writer.close()
-    if rank() == 0:
-        save_checkpoint(run_dir / "latest.pt", state.state_dict())
-    if signal_number:
-        say(f"stopped at step {state.step:,} and saved; go on with: python main.py --resume {run_dir}")
-        return 128 + int(signal_number)
+        save_checkpoint(run_dir, "latest.pt", state)  # once more: the best bound may have changed
+    bound, error = estimate_nelbo(state.ema, validation_set, FINAL_VALIDATION_BYTES)
     evaluated = min(len(validation_set.bytes), FINAL_VALIDATION_BYTES)
     say(f"done: {state.step:,} steps in {format_seconds(60 * state.minutes)}")
     say(f"final bound on {evaluated:,} bytes of validation text: {bound:.3f} ± {error:.3f} bits per byte")
-    say(f"try it: python main.py generate --checkpoint {run_dir} --watch")
+    say(f"try it: python main.py generate --checkpoint '{run_dir}' --watch")
     return 0
 
 
-# ======================================================================================================================
-# Profile
-# ======================================================================================================================
+# === Profile ==========================================================================================================
 
 
 def seconds_of(function, config):
     on_cuda = config.device.startswith("cuda")
-    torch.cuda.synchronize() if on_cuda else None
+    torch.cuda.synchronize(config.device) if on_cuda else None
     started = time.perf_counter()
     function()
-    torch.cuda.synchronize() if on_cuda else None
+    torch.cuda.synchronize(config.device) if on_cuda else None
     return time.perf_counter() - started
 
 
@@ -1263,14 +1286,15 @@ def trace_parts(state, train_step, trace_file, steps=5):
     for name, modules in parts.items():
         for module in modules:
             module.forward = label(name)(module.forward)
-    state.ema.update_parameters = label("average of the weights")(state.ema.update_parameters)
     train_step(model)
     with torch.profiler.profile() as profiler:
         for _ in range(steps):
             label("step")(train_step)(model)
     profiler.export_chrome_trace(str(trace_file))
     on_cuda = next(model.parameters()).is_cuda
-    total = {e.key: e.device_time_total if on_cuda else e.cpu_time_total for e in profiler.key_averages()}
+    total = dict.fromkeys(parts, 0.0)
+    for event in profiler.key_averages():
+        total[event.key] = max(total.get(event.key, 0.0), event.device_time_total if on_cuda else event.cpu_time_total)
     total["optimizer"] = sum(time for key, time in total.items() if key.startswith("Optimizer.step"))
     total["norms, masks, loss"] = total["forward and loss"] - sum(total[name] for name in parts)
     shown = ["fetch", *parts, "norms, masks, loss", "backward", "optimizer", "average of the weights"]
@@ -1294,9 +1318,9 @@ def profile(config, steps=20):
         train_step(forward), product()
     times = [(seconds_of(product, config), seconds_of(lambda: train_step(forward), config)) for _ in range(steps)]
     product_seconds, step_seconds = np.median(times, axis=0)  # measured in turn: both met the same machine
-    step_bytes = config.batch_size * config.max_length * config.gradient_accumulation_steps
+    step_bytes = bytes_per_step(config)
     flops, ceiling = flops_per_byte(state.model, config) * step_bytes / step_seconds, product_flops / product_seconds
-    kept = itertools.chain(state.model.parameters(), state.model.parameters(), state.ema.module.parameters())
+    kept = itertools.chain(state.model.parameters(), state.model.parameters(), state.ema.parameters())
     kept = itertools.chain(kept, *(values.values() for o in state.optimizers for values in o.state.values()))
     state_bytes = sum(tensor.nbytes for tensor in kept)
     print(
@@ -1320,9 +1344,7 @@ def profile(config, steps=20):
     return 0
 
 
-# ======================================================================================================================
-# Command line
-# ======================================================================================================================
+# === Command line =====================================================================================================
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1337,6 +1359,7 @@ class OneLineParser(argparse.ArgumentParser):
             known = [*self._option_string_actions, *COMMANDS]
             close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
+            hint = "a command comes first" if unknown[0] in COMMANDS else hint
             raise InputError(f"unknown argument {unknown[0]}; {hint}")
         return arguments
 
@@ -1362,7 +1385,7 @@ def add_config_flags(parser, only=None):
                 type=parse_bool if field.type is bool else field.type,
                 default=argparse.SUPPRESS,  # only flags that were given override
                 metavar=field.type.__name__.upper(),
-                help=f"{comments[field.name]} (default: {default})".replace("%", "%%"),
+                help=f"{comments.get(field.name, '')} (default: {default})".replace("%", "%%"),
             )
 
 
@@ -1374,9 +1397,9 @@ def train_command(argv):
     run_dir = overrides.pop("resume")
     if run_dir:
         run_dir = newest_run() if run_dir == "auto" else Path(run_dir)
-        saved = read_checkpoint(run_dir / "latest.pt")["config"]
-        overrides = {**saved, "device": "auto", "amp_dtype": "auto", **overrides}
-    config = CONFIG(**overrides)
+        config = saved_config(read_checkpoint(run_dir / "latest.pt"), **overrides)
+    else:
+        config = CONFIG(**overrides)
     with distributed_run(config):
         return train(config, run_dir)
 
@@ -1393,7 +1416,7 @@ def load_for_command(arguments):
     path = arguments.checkpoint or newest_run()
     model, config, state = load_checkpoint(path, getattr(arguments, "device", "auto"))
     overrides = {name: value for name, value in vars(arguments).items() if hasattr(config, name)}
-    say(f"{path}: step {state['step']:,}")
+    print(f"{path}: step {state['step']:,}", file=sys.stderr)
     return model, dataclasses.replace(config, **overrides)
 
 
@@ -1408,8 +1431,15 @@ def generate_command(argv):
     model, config = load_for_command(arguments)
     given = len(os.fsencode(arguments.prompt + arguments.suffix))
     length = arguments.response_length
-    length = max(1, config.max_length - given) if length is None else length
-    on_step = LiveView() if arguments.watch else None
+    if length is None:
+        require(
+            given < config.max_length,
+            "prompt",
+            f"{given} bytes",
+            f"below max_length={config.max_length}, or give --response_length",
+        )
+        length = config.max_length - given
+    on_step = show_canvas if arguments.watch else None
     print(
         run_conditional_diffusion_inference(model, arguments.prompt, length, config, arguments.suffix, on_step=on_step)
     )
@@ -1417,13 +1447,13 @@ def generate_command(argv):
 
 
 def evaluate_command(argv):
-    fields = ("validation_data_file", "train_data_file", "seed", "device")
+    fields = ("validation_data_file", "seed", "device")
     arguments = checkpoint_parser("evaluate", "The likelihood bound on the whole validation text.", fields).parse_args(
         argv
     )
     model, config = load_for_command(arguments)
-    _, validation_set = open_datasets(config)
-    bound, error = estimate_nelbo(model, validation_set, seed=config.seed)
+    validation_set = open_validation_set(config)
+    bound, error = estimate_nelbo(model, validation_set, seed=getattr(arguments, "seed", 0))
     print(f"{validation_set.path}: bound {bound:.4f} ± {error:.4f} bits per byte ({len(validation_set.bytes):,} bytes)")
     return 0
 
@@ -1440,12 +1470,19 @@ COMMANDS = {"generate": generate_command, "evaluate": evaluate_command, "profile
 def main(argv=None):
     """Run the command line `argv` (default: sys.argv). Returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    sys.stdout.reconfigure(errors="replace")  # a console that is not UTF-8 shows what it can
     command, rest = (COMMANDS[argv[0]], argv[1:]) if argv and argv[0] in COMMANDS else (train_command, argv)
     try:
         return command(rest)
-    except (InputError, TrainingError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return 2
+    except (TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory; halve --batch_size ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before or after the training loop, which catches the signal itself
         return 130
 

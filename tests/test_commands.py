@@ -63,6 +63,8 @@ def test_a_text_of_ones_own_is_held_out_from_and_left_alone(tmp_path):
         (["--amp_dtype", "int8"], "amp_dtype='int8'"),
         (["--name", "../up"], "name='../up'"),
         (["--train_data_file", "nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["--validation_data_file", "typo.txt"], "typo.txt: cannot be read"),
+        (["--conv_width", "4"], "conv_width=4 is not possible: it must be odd"),
         (["--resume", "auto"], "no run with a checkpoint"),
         (["--resume", "nowhere"], "nowhere"),
         (["generate", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
@@ -78,6 +80,21 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, flag
     assert len(lines) == 1
     assert expected in lines[0]
     assert not (tmp_path / "runs").exists()
+
+
+def test_another_training_text_is_not_validated_on_the_validation_text_lying_about(text_folder):
+    (text_folder / "mine.txt").write_bytes(bytes(range(256)) * 8)
+    _, console = train_tiny(text_folder, "--max_steps=2", "--train_data_file=mine.txt")
+    assert "last 5 % of mine.txt" in console
+    _, console = train_tiny(text_folder, "--max_steps=2")
+    assert "held out" not in console
+
+
+def test_a_replaced_training_text_beside_the_starter_validation_text_is_warned_of(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"my own text " * 200)
+    (tmp_path / "validation.txt").write_bytes(main.starter_corpus()[1])
+    _, console = train_tiny(tmp_path, "--max_steps=1")
+    assert "warning: validation.txt is the starter corpus" in console
 
 
 def test_a_mistake_ends_the_process_with_code_2(tmp_path):
@@ -129,8 +146,8 @@ def test_generate_continues_a_prompt_and_fills_a_hole(trained):
     folder, run_dir = trained
     done = run_main(folder, "generate", "--prompt", "to be", "--response_length", "6", "--suffix", " be.", "--watch")
     assert done.returncode == 0, done.stderr
-    assert str(run_dir.relative_to(folder)) in done.stdout.splitlines()[0]
-    text = done.stdout.split("\n", 1)[1]
+    assert str(run_dir.relative_to(folder)) in done.stderr
+    text = done.stdout
     assert text.startswith("to be")
     assert text.endswith(" be.\n")
     assert "\x1b" not in done.stdout  # no terminal
@@ -149,7 +166,7 @@ def test_the_live_view_shows_masks_as_dots_and_honours_no_color(monkeypatch, cap
     monkeypatch.setattr(main.sys.stdout, "isatty", lambda: True, raising=False)
     canvas = torch.tensor([104, 105, main.MASK, main.MASK, 33])
     monkeypatch.setenv("NO_COLOR", "1")
-    main.LiveView()(canvas)
+    main.show_canvas(canvas)
     assert "hi··!" in capsys.readouterr().out
 
 

@@ -1,7 +1,6 @@
 """The data: any bytes, any size, every byte once an epoch, and a batch that depends on (seed, step, rank) only."""
 
 import pickle
-import resource
 import subprocess
 import sys
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
-from torch.utils.data import DataLoader
 
 import main
 
@@ -81,12 +79,7 @@ def test_the_dataloader_gives_what_the_dataset_gives_with_and_without_workers(tm
     dataset = main.ByteLevelTextDataset(write(tmp_path / "text", bytes(range(256)) * 4), config.max_length, seed=0)
     expected = [dataset.__getitems__(rows) for rows, _ in zip(main.batch_indices(config, 3), range(6), strict=False)]
     for workers in (0, 2):
-        loader = DataLoader(
-            dataset,
-            batch_sampler=main.batch_indices(config, 3),
-            collate_fn=torch.as_tensor,
-            num_workers=workers,
-        )
+        loader = main.data_loader(dataset, main.CONFIG(**TINY, num_workers=workers), first_step=3)
         for batch, wanted in zip(loader, expected, strict=False):
             assert torch.equal(batch, wanted)
     assert len(pickle.dumps(dataset)) < 1000  # a spawned worker gets the path, not the text
@@ -178,7 +171,8 @@ def test_without_validation_text_the_end_of_the_training_text_is_held_out(tmp_pa
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_reading_does_not_keep_files_open(tmp_path, config):
+def test_reading_does_not_keep_files_open(tmp_path):
+    resource = pytest.importorskip("resource")
     path = write(tmp_path / "text", bytes(1000))
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     for _ in range(min(limit, 4096) + 10):

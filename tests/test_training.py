@@ -46,15 +46,17 @@ def test_the_learning_rate_decays_by_the_clock_if_that_ends_first():
 
 def test_the_averaged_weights_follow_the_exponential_moving_average(config):
     state = main.TrainingState(main.CONFIG(**TINY, ema_decay=0.9))
-    history = []
-    for step in range(5):
+    history = [state.model.output.weight.detach().clone()]
+    for _ in range(5):
         main.masked_diffusion_loss(state.model, torch.randint(0, 256, (4, 16))).backward()
         main.optimizer_step(state, 1.0)
+        state.step += 1
         history.append(state.model.output.weight.detach().clone())
     expected = history[0]
-    for weight in history[1:]:
-        expected = 0.9 * expected + 0.1 * weight
-    torch.testing.assert_close(state.ema.module.output.weight, expected)
+    for step, weight in enumerate(history[1:]):
+        decay = min(0.9, (1 + step) / (10 + step))  # a shorter memory at first
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(state.ema.output.weight, expected)
 
 
 def test_gradients_are_clipped_to_the_given_norm(config):
@@ -315,9 +317,10 @@ def test_a_malicious_checkpoint_does_not_run_code(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "latest.pt"
-    main.save_checkpoint(path, {"a": torch.ones(3)})
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, config):
+    state = main.TrainingState(config)
+    main.save_checkpoint(tmp_path, "latest.pt", state)
+    state.step = 5
 
     def fail(state, file):
         file.write(b"half")
@@ -325,9 +328,23 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        main.save_checkpoint(path, {"a": torch.zeros(3)})
+        main.save_checkpoint(tmp_path, "latest.pt", state)
     monkeypatch.undo()
-    assert torch.equal(torch.load(path)["a"], torch.ones(3))
+    assert main.read_checkpoint(tmp_path / "latest.pt")["step"] == 0
+
+
+def test_resuming_with_what_changes_the_model_is_one_line(text_folder, monkeypatch, capsys):
+    run_dir, _ = train_tiny(text_folder, "--max_steps=2")
+    monkeypatch.chdir(text_folder)
+    for flag in ("--model_dim=64", "--num_layers=1", "--conv_width=3", "--muon_learning_rate=0"):
+        assert main.main(["--resume", str(run_dir), flag, "--max_steps=4"]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    state = main.read_checkpoint(run_dir / "latest.pt")
+    assert state["step"] == 2
+    state["config"]["gone"] = 1
+    torch.save(state, run_dir / "latest.pt")
+    assert main.main(["--resume", str(run_dir)]) == 2
+    assert "CONFIG no longer has: gone" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1412,12 +1412,11 @@ def checkpoint_parser(command, description, fields):
 
 
 def load_for_command(arguments):
-    """The model and CONFIG of --checkpoint, with the other flags put into CONFIG."""
+    """The model of --checkpoint, its CONFIG with the other flags put into it, and a line that tells which it is."""
     path = arguments.checkpoint or newest_run()
     model, config, state = load_checkpoint(path, getattr(arguments, "device", "auto"))
     overrides = {name: value for name, value in vars(arguments).items() if hasattr(config, name)}
-    print(f"{path}: step {state['step']:,}", file=sys.stderr)
-    return model, dataclasses.replace(config, **overrides)
+    return model, dataclasses.replace(config, **overrides), f"{path}, step {state['step']:,}"
 
 
 def generate_command(argv):
@@ -1428,7 +1427,7 @@ def generate_command(argv):
     parser.add_argument("--response_length", type=int, help="bytes to write (default: what fits into max_length)")
     parser.add_argument("--watch", action="store_true", help="show the text crystallize, step by step, in a terminal")
     arguments = parser.parse_args(argv)
-    model, config = load_for_command(arguments)
+    model, config, which = load_for_command(arguments)
     given = len(os.fsencode(arguments.prompt + arguments.suffix))
     length = arguments.response_length
     if length is None:
@@ -1440,9 +1439,9 @@ def generate_command(argv):
         )
         length = config.max_length - given
     on_step = show_canvas if arguments.watch else None
-    print(
-        run_conditional_diffusion_inference(model, arguments.prompt, length, config, arguments.suffix, on_step=on_step)
-    )
+    suffix = arguments.suffix
+    print(run_conditional_diffusion_inference(model, arguments.prompt, length, config, suffix, on_step=on_step))
+    print(f"({which})", file=sys.stderr)
     return 0
 
 
@@ -1451,10 +1450,11 @@ def evaluate_command(argv):
     arguments = checkpoint_parser("evaluate", "The likelihood bound on the whole validation text.", fields).parse_args(
         argv
     )
-    model, config = load_for_command(arguments)
+    model, config, which = load_for_command(arguments)
     validation_set = open_validation_set(config)
     bound, error = estimate_nelbo(model, validation_set, seed=getattr(arguments, "seed", 0))
     print(f"{validation_set.path}: bound {bound:.4f} ± {error:.4f} bits per byte ({len(validation_set.bytes):,} bytes)")
+    print(f"({which})", file=sys.stderr)
     return 0
 
 

@@ -539,9 +539,9 @@ def sequence_losses(model, x0, t, scores, attention_mask=None):
 def masked_diffusion_loss(model, x0, t=None, scores=None, attention_mask=None):
     """The negative evidence lower bound, an upper bound of -log p(x0) / L.
 
-    LLaDA eq. 3, MDLM eq. 10 and MD4 eq. 5 write it as E_t[(1/t) sum of masked cross-entropies], t ~ U(0, 1), each byte
-    masked with probability t. Group the draws by their number k of masks: the integral of Binomial(k; L, t) / t over t
-    is 1/k for every k, so the same bound per byte is
+    LLaDA (eq. 3), MDLM and MD4 write it as E_t[(1/t) sum of masked cross-entropies], t ~ U(0, 1), each byte masked with
+    probability t. Group the draws by their number k of masks: the integral of Binomial(k; L, t) / t over t is 1/k for
+    every k, so the same bound per byte is
 
         E_{k ~ Uniform{1..L}}  E_{masks of k bytes}  [ mean cross-entropy of the k masked bytes ]
 

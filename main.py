@@ -1147,7 +1147,7 @@ class StepLog:
             initial=first_step,
             file=sys.stdout,
             disable=rank() != 0 or not sys.stdout.isatty(),
-            bar_format="{percentage:3.0f}%|{bar}| {desc}",
+            bar_format="{desc} |{bar}|",  # a narrow terminal cuts the bar, not the text
         )
         self.restart(first_step)
 

@@ -36,6 +36,26 @@ def random_model(config, seed=0):
     return model
 
 
+class KnownJoint(torch.nn.Module):
+    """Stands for a perfect model of three bytes that are 0 or 1 with a known joint distribution: exact conditionals."""
+
+    def __init__(self):
+        super().__init__()
+        self.joint = torch.tensor([0.20, 0.05, 0.02, 0.13, 0.08, 0.22, 0.25, 0.05]).view(2, 2, 2)
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+        self.output = torch.nn.Identity()
+
+    def hidden(self, tokens, attention_mask=None, caches=None):
+        logits = torch.full((*tokens.shape, 256), -torch.inf)
+        for row, sequence in enumerate(tokens.tolist()):
+            index = tuple(slice(None) if token == main.MASK else slice(token, token + 1) for token in sequence)
+            for i, token in enumerate(sequence):
+                if token == main.MASK:
+                    others = [j for j in range(3) if j != i]
+                    logits[row, i, :2] = self.joint[index].sum(dim=others).log()
+        return logits
+
+
 @pytest.fixture
 def config():
     return main.CONFIG(**TINY)

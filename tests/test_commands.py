@@ -4,7 +4,6 @@ import dataclasses
 import re
 
 import pytest
-import torch
 from conftest import ROOT, TINY, TINY_FLAGS, run_main, train_tiny
 
 import main
@@ -57,7 +56,10 @@ def test_a_text_of_ones_own_is_held_out_from_and_left_alone(tmp_path):
         (["--learning_rate", "nan"], "learning_rate"),
         (["--num_heads", "3"], "num_heads=3"),
         (["--max_length", "5000"], "max_length=5000 is not possible: it must be at most rope_max_length_buffer=4096"),
-        (["--remasking", "magic"], "remasking='magic' is not possible: it must be one of low_confidence, random"),
+        (
+            ["--remasking", "magic"],
+            "remasking='magic' is not possible: it must be one of random, low_confidence, margin, ",
+        ),
         (["--dropout", "1"], "dropout=1.0"),
         (["--device", "tpu"], "device='tpu'"),
         (["--amp_dtype", "int8"], "amp_dtype='int8'"),
@@ -162,12 +164,32 @@ def test_generate_refuses_what_does_not_fit(trained):
     assert "rope_max_length_buffer=4096" in message
 
 
-def test_the_live_view_shows_masks_as_dots_and_honours_no_color(monkeypatch, capsys):
-    monkeypatch.setattr(main.sys.stdout, "isatty", lambda: True, raising=False)
-    canvas = torch.tensor([104, 105, main.MASK, main.MASK, 33])
-    monkeypatch.setenv("NO_COLOR", "1")
-    main.show_canvas(canvas)
-    assert "hi··!" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--samples", "0"], "samples=0"),
+        (["--prompt", "x" * 16], "prompt='16 bytes'"),
+        (["--guidance_scale", "1"], "guidance_scale=1.0"),
+        (["--temperature", "0", "--top_p", "0.5"], "top_p=0.5"),
+        (["--response_length", "-3"], "response_length=-3"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused_in_one_line(trained, flags, named):
+    folder, _ = trained
+    assert named in one_line_error(run_main(folder, "generate", *flags))
+
+
+def test_holes_in_a_prompt_are_filled_and_several_samples_differ(trained):
+    folder, _ = trained
+    done = run_main(folder, "generate", "--prompt", "be{3}not{2}", "--samples", "3", "--temperature", "5")
+    assert done.returncode == 0, done.stderr
+    assert main.holes_to_masks("be{3}not{2}") == [*b"be", *[main.MASK] * 3, *b"not", *[main.MASK] * 2]
+    parts = re.split(r"--- seed (\d+)\n", done.stdout)
+    assert parts[1::2] == ["0", "1", "2"]
+    assert len(set(parts[2::2])) == 3
+    for text in parts[2::2]:
+        assert text.startswith("be")
+        assert "not" in text
 
 
 def test_evaluate_prints_the_bound_of_the_whole_validation_text(trained):

@@ -80,6 +80,14 @@ def test_the_norm_is_root_mean_square(model):
     torch.testing.assert_close(norm(x), expected)
 
 
+def test_mish_and_its_gradient_are_those_of_pytorch():
+    x = torch.cat([torch.linspace(-30, 30, 601), torch.tensor([-1e4, 1e4])]).double().requires_grad_()
+    ours, theirs = main.mish(x), torch.nn.functional.mish(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
+    gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-7)
+
+
 @torch.no_grad()
 def test_the_feed_forward_network_is_gated_by_mish(model):
     x = torch.randn(3, 32)

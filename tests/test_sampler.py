@@ -1,38 +1,17 @@
 """The sampler: LLaDA's algorithm to the letter, and the user's bytes untouched."""
 
 import dataclasses
+import io
 import itertools
+import math
 import random
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, KnownJoint, random_model
+from llada import llada_generate
 
 import main
-
-
-def llada_generate(model, prompt, length, steps, block_length):
-    """LLaDA's published sampling at temperature 0 with low-confidence remasking, written from its description: each
-    block gets steps / blocks steps, each step commits its share of the block's masks, the surest predictions first."""
-    x = torch.full((1, len(prompt) + length), main.MASK)
-    x[0, : len(prompt)] = torch.tensor(list(prompt), dtype=torch.int64)
-    num_blocks = length // block_length
-    steps_per_block = steps // num_blocks
-    forward_passes = 0
-    for block in range(num_blocks):
-        start = len(prompt) + block * block_length
-        masks = int((x[0, start : start + block_length] == main.MASK).sum())
-        quota = [masks // steps_per_block + (1 if i < masks % steps_per_block else 0) for i in range(steps_per_block)]
-        for count in quota:
-            logits = model(x)[0]
-            forward_passes += 1
-            chosen = logits.argmax(-1)
-            confidence = logits.double().softmax(-1)[torch.arange(len(chosen)), chosen]
-            open_positions = [i for i in range(start, start + block_length) if x[0, i] == main.MASK]
-            open_positions.sort(key=lambda i: -confidence[i].item())
-            for i in open_positions[:count]:
-                x[0, i] = chosen[i]
-    return bytes(x[0].tolist()), forward_passes
 
 
 def settings(**overrides):
@@ -58,7 +37,7 @@ def test_temperature_zero_makes_the_choices_of_llada(model, prompt, length, step
 def collect_steps(model, prompt, length, config, **options):
     states = []
     main.run_conditional_diffusion_inference(
-        model, prompt, length, config, on_step=lambda canvas: states.append(canvas.clone()), **options
+        model, prompt, length, config, on_step=lambda canvas: states.append(canvas[0].clone()), **options
     )
     return states
 
@@ -92,26 +71,6 @@ def test_committed_bytes_never_change(model):
         assert torch.equal(before[fixed], after[fixed])
 
 
-def test_prompt_and_suffix_stay_and_no_mask_is_left_for_any_options(model):
-    rng = random.Random(0)
-    for _ in range(60):
-        prompt, suffix = rng.randbytes(rng.randrange(8)), rng.randbytes(rng.randrange(8))
-        config = settings(
-            temperature=rng.choice([0.0, 0.5, 1.0]),
-            remasking=rng.choice(["low_confidence", "random"]),
-            inference_steps=rng.randrange(1, 20),
-            block_length=rng.choice([0, 1, 3, 50]),
-        )
-        length = rng.randrange(12)
-        states = collect_steps(model, prompt, length, config, suffix=suffix)
-        for state in states:
-            assert bytes(state[: len(prompt)].tolist()) == prompt
-            assert bytes(state[len(prompt) + length :].tolist()) == suffix
-        if length:
-            assert (states[-1] < 256).all()
-            assert len(states[-1]) == len(prompt) + length + len(suffix)
-
-
 def test_text_prompts_are_utf8_and_invalid_bytes_come_back_as_replacement(model):
     config = settings(temperature=0.0)
     text = main.run_conditional_diffusion_inference(model, "Käse é ", 5, config, suffix="ß")
@@ -124,10 +83,30 @@ def test_text_prompts_are_utf8_and_invalid_bytes_come_back_as_replacement(model)
 def test_every_option_changes_the_result(model):
     base = settings(temperature=1.0, inference_steps=6)
     reference = main.run_conditional_diffusion_inference(model, b"", 12, base)
-    changes = {"temperature": 0.0, "inference_steps": 2, "remasking": "random", "block_length": 3}
+    changes = {"temperature": 0.0, "inference_steps": 2, "remasking": "random", "block_length": 3, "top_p": 0.5}
+    changes |= {"commit_schedule": "cosine", "remask_share": 0.5}
     for name, value in changes.items():
         changed = dataclasses.replace(base, **{name: value})
         assert main.run_conditional_diffusion_inference(model, b"", 12, changed) != reference, name
+
+
+def test_each_option_of_one_strategy_changes_the_result(model):
+    for remasking, name, value in (
+        ("threshold", "confidence_threshold", 0.02),
+        ("entropy_bound", "entropy_bound", 20.0),
+    ):
+        base = settings(remasking=remasking, confidence_threshold=1.0, entropy_bound=0.0)
+        changed = dataclasses.replace(base, **{name: value})
+        assert len(collect_steps(model, b"", 12, changed)) < len(collect_steps(model, b"", 12, base)) == 12
+    blocks = settings(temperature=1.0, block_length=3)
+    cached = dataclasses.replace(blocks, cache_refresh=0)
+    assert (
+        collect_steps(model, b"abc", 12, blocks)[-1].tolist() != collect_steps(model, b"abc", 12, cached)[-1].tolist()
+    )
+    base = settings(temperature=0.0)
+    guided = dataclasses.replace(base, guidance_scale=2.0)
+    texts = [main.run_conditional_diffusion_inference(model, b"abc", 12, config) for config in (base, guided)]
+    assert texts[0] != texts[1]
 
 
 def test_a_seed_fixes_the_sample_whatever_the_global_generator(model):
@@ -143,10 +122,10 @@ def test_a_seed_fixes_the_sample_whatever_the_global_generator(model):
 
 def test_temperature_one_samples_the_model_distribution():
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    generator = torch.Generator().manual_seed(0)
-    draws = main.add_gumbel_noise(logits.expand(60_000, 3), 1.0, generator).argmax(-1).bincount(minlength=3) / 60_000
+    uniform = torch.rand(60_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws = main.add_gumbel_noise(logits.expand(60_000, 3), 1.0, uniform).argmax(-1).bincount(minlength=3) / 60_000
     assert (draws - torch.tensor([0.5, 0.3, 0.2])).abs().max() < 0.008
-    cold = main.add_gumbel_noise(logits.expand(60_000, 3), 0.5, generator).argmax(-1).bincount(minlength=3) / 60_000
+    cold = main.add_gumbel_noise(logits.expand(60_000, 3), 0.5, uniform).argmax(-1).bincount(minlength=3) / 60_000
     assert (cold - torch.tensor([0.25, 0.09, 0.04]) / 0.38).abs().max() < 0.008
 
 
@@ -162,3 +141,300 @@ def test_a_text_beyond_the_buffer_is_refused_in_one_line_with_the_sizes(model):
         main.run_conditional_diffusion_inference(model, b"hello", 9000, settings())
     with pytest.raises(main.InputError, match="response_length=-1"):
         main.run_conditional_diffusion_inference(model, b"hello", -1, settings())
+
+
+def naive_sampler(model, text, config, seed=0):
+    """One text, no batch, no cache, plain Python numbers: what the options mean, written from the papers."""
+    generator = torch.Generator().manual_seed(seed)
+    x = list(text)
+    given = [i for i, token in enumerate(x) if token != main.MASK]
+    holes = [i for i, token in enumerate(x) if token == main.MASK]
+    block_length = config.block_length or holes[-1] + 1 - holes[0]
+    starts = list(range(holes[0], holes[-1] + 1, block_length))
+    steps = max(1, config.inference_steps // len(starts))
+    for start in starts:
+        stop = min(start + block_length, holes[-1] + 1)
+        block_holes = [i for i in holes if start <= i < stop]
+        sureness, step = {}, 0
+        while any(x[i] == main.MASK for i in block_holes):
+            step += 1
+            logits = model(torch.tensor([x]))[0]
+            if config.guidance_scale:
+                blind = [main.MASK if i in given else token for i, token in enumerate(x)]
+                blind_logits = model(torch.tensor([blind]))[0]
+                logits = blind_logits + (config.guidance_scale + 1) * (logits - blind_logits)
+            uniform = torch.rand(stop - start, 259, generator=generator, dtype=torch.float64)
+            masked = [i for i in block_holes if x[i] == main.MASK]
+            scores, chosen = {}, {}
+            for i in masked:
+                probs = logits[i].softmax(-1)
+                noise = uniform[i - start]
+                allowed = set(range(256))
+                if config.top_p < 1:
+                    heated, total = (logits[i] / config.temperature).softmax(-1), 0.0
+                    allowed = set()
+                    for byte in heated.argsort(descending=True).tolist():
+                        if total >= config.top_p:
+                            break
+                        allowed.add(byte)
+                        total += heated[byte].item()
+                keys = logits[i]
+                if config.temperature:
+                    keys = logits[i].double() / config.temperature - (-noise[:256].log()).log()
+                chosen[i] = max(allowed, key=keys.tolist().__getitem__)
+                sureness[i] = probs[chosen[i]].item()
+                ordered = sorted(probs.tolist(), reverse=True)
+                entropy = -sum(p * math.log(p) for p in ordered if p > 0)
+                scores[i] = {
+                    "random": float(noise[258].float()),
+                    "low_confidence": sureness[i],
+                    "threshold": sureness[i],
+                    "margin": ordered[0] - ordered[1],
+                    "entropy": -entropy,
+                    "entropy_bound": -entropy,
+                }[config.remasking]
+            ranking = sorted(masked, key=lambda i: -scores[i])
+            if config.commit_schedule == "cosine":
+                target = math.floor(len(block_holes) * math.cos(math.pi / 2 * min(step, steps) / steps))
+            else:
+                per_step, extra = divmod(len(block_holes), steps)
+                target = len(block_holes) - sum(per_step + (s < extra) for s in range(min(step, steps)))
+            again = []
+            if config.remask_share:
+                committed = [i for i in block_holes if x[i] != main.MASK]
+                number = min(int(config.remask_share * len(committed) + uniform[0, 256].item()), target)
+                key = {i: -sureness[i] - math.log(-math.log(uniform[i - start, 257].item())) for i in committed}
+                again = sorted(committed, key=lambda i: -key[i])[:number]
+            if config.remasking == "threshold":
+                number = max(1, sum(scores[i] >= config.confidence_threshold for i in masked))
+            elif config.remasking == "entropy_bound":
+                number = 0
+                while number < len(masked):
+                    entropies = [-scores[i] for i in ranking[: number + 1]]
+                    if sum(entropies) - max(entropies) > config.entropy_bound:
+                        break
+                    number += 1
+            else:
+                number = max(1, len(masked) + len(again) - target)
+            for i in again:
+                x[i] = main.MASK
+            for i in ranking[:number]:
+                x[i] = chosen[i]
+    return bytes(x)
+
+
+def random_settings(rng, strategy=None, **overrides):
+    """Any combination of sampling options that is not refused."""
+    strategy = strategy or rng.choice(main.STRATEGIES)
+    counted = strategy not in ("threshold", "entropy_bound")
+    temperature = rng.choice([0.0, 0.5, 1.0])
+    return settings(
+        remasking=strategy,
+        temperature=temperature,
+        top_p=rng.choice([1.0, 0.6]) if temperature else 1.0,
+        inference_steps=rng.randrange(1, 20),
+        commit_schedule=rng.choice(["linear", "cosine"]) if counted else "linear",
+        remask_share=rng.choice([0.0, 0.3]) if counted else 0.0,
+        guidance_scale=rng.choice([0.0, 1.5]),
+        confidence_threshold=rng.choice([0.05, 0.3, 0.9]),
+        entropy_bound=rng.choice([0.0, 2.0, 12.0]),
+        block_length=rng.choice([0, 1, 3, 50]),
+        **overrides,
+    )
+
+
+def random_text(rng):
+    """Up to four stretches of given bytes with holes between them."""
+    text = [65] * rng.randrange(1, 3) + [main.MASK]
+    for _ in range(rng.randrange(1, 4)):
+        text += [*rng.randbytes(rng.randrange(5)), *[main.MASK] * rng.randrange(5)]
+    return text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", main.STRATEGIES)
+def test_every_strategy_with_every_option_does_what_a_naive_loop_does(model, strategy):
+    rng = random.Random(strategy)
+    for number in range(25):
+        config, text = random_settings(rng, strategy), random_text(rng)
+        (filled,) = main.fill_masks(model, [text], config, seed=number)
+        assert filled == naive_sampler(model, text, config, seed=number), config
+
+
+def test_given_bytes_stay_in_any_combination_of_options_and_all_masks_go(model):
+    rng = random.Random(1)
+    for _ in range(50):
+        config = random_settings(rng, cache_refresh=rng.choice([0, 1, 2, 5]))
+        texts = [random_text(rng) for _ in range(rng.randrange(1, 4))]
+
+        def check(canvas, texts=texts):
+            rows = [[t for t in row if t != main.PAD] for row in canvas.tolist()]
+            for row, text in zip(rows, texts, strict=True):
+                assert len(row) == len(text)
+                assert all(token == wanted for token, wanted in zip(row, text) if wanted != main.MASK)
+
+        for filled, text in zip(main.fill_masks(model, texts, config, on_step=check), texts, strict=True):
+            assert all(token == wanted for token, wanted in zip(filled, text, strict=True) if wanted != main.MASK)
+
+
+def test_prompts_of_different_lengths_in_a_batch_come_out_as_one_by_one(model):
+    rng = random.Random(2)
+    prompts = [b"", b"a", b"to be or ", bytes(13)]
+    for _ in range(15):
+        config = random_settings(rng, cache_refresh=rng.choice([0, 1, 3]))
+        config = dataclasses.replace(config, guidance_scale=0.0)
+        texts = [[*prompt, *[main.MASK] * 11] for prompt in prompts]
+        together = main.fill_masks(model, texts, config, seed=5)
+        alone = [main.fill_masks(model, [text], config, seed=5 + i)[0] for i, text in enumerate(texts)]
+        assert together == alone, config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conv_width", [0, 1, 5])
+@pytest.mark.parametrize("window", [slice(0, 6), slice(5, 12), slice(9, 20), slice(0, 20)])
+def test_a_block_computed_from_the_latent_cache_has_the_logits_of_the_whole_pass(conv_width, window):
+    model = random_model(settings(conv_width=conv_width))
+    tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
+    tokens[1, :3] = main.PAD
+    attention_mask = tokens != main.PAD
+    caches = model.latent_caches(window)
+    whole = model.hidden(tokens, attention_mask, caches)
+    torch.testing.assert_close(whole, model.hidden(tokens, attention_mask), rtol=0, atol=0)
+    block = model.hidden(tokens, attention_mask, caches)
+    assert block.shape[1] == window.stop - window.start
+    rows = attention_mask[:, window]
+    torch.testing.assert_close(block[rows], whole[:, window][rows], rtol=1e-4, atol=1e-5)
+    tokens[:, window] = main.MASK  # what changes inside the window is seen at once, by the first layer exactly
+    changed = model.hidden(tokens, attention_mask, caches)
+    assert not torch.allclose(changed, block)
+
+
+@torch.no_grad()
+def test_between_refreshes_one_layer_is_exact_whatever_changes_in_the_block():
+    """The latents of one layer outside the block depend on the block by way of the convolution alone."""
+    config = settings(num_layers=1, conv_width=0)
+    model = random_model(config)
+    tokens = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(0))
+    caches = model.latent_caches(slice(4, 9))
+    model.hidden(tokens, None, caches)
+    tokens[:, 4:9] = main.MASK
+    expected = model.hidden(tokens)[:, 4:9]
+    torch.testing.assert_close(model.hidden(tokens, None, caches), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_refreshed_at_every_step_is_no_cache_to_the_bit(model):
+    text = [*b"ab", *[main.MASK] * 12, *b"c"]
+    config = settings(temperature=1.0, block_length=4)
+    plain, cached = [], []
+    main.fill_masks(model, [text], config, on_step=lambda c: plain.append(c.clone()))
+    # a period of one step, by way of the cached path: each pass fills new caches
+    config.cache_refresh = 1
+    main.fill_masks(model, [text], config, on_step=lambda c: cached.append(c.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(plain, cached, strict=True))
+
+
+def count_passes(model, text, config):
+    sizes = []
+    handle = model.layers[0].register_forward_pre_hook(lambda _, arguments: sizes.append(arguments[0].shape[1]))
+    main.fill_masks(model, [text], config)
+    handle.remove()
+    return sizes
+
+
+def test_with_a_cache_most_passes_compute_the_block_alone(model):
+    text = [*b"abcd", *[main.MASK] * 12]
+    options = {"inference_steps": 12, "block_length": 6}
+    assert count_passes(model, text, settings(**options)) == [16] * 12
+    assert count_passes(model, text, settings(**options, cache_refresh=0)) == [16, *[6] * 5] * 2
+    assert count_passes(model, text, settings(**options, cache_refresh=3)) == [16, 6, 6] * 4
+
+
+def test_remasking_corrects_bytes_and_still_ends_in_the_same_number_of_steps(model):
+    text = [*b"ab", *[main.MASK] * 12]
+    config = settings(inference_steps=6, remask_share=0.5, temperature=1.0)
+    states = []
+    main.fill_masks(model, [text], config, on_step=lambda canvas: states.append(canvas[0].clone()))
+    assert [int((s == main.MASK).sum()) for s in states] == [10, 8, 6, 4, 2, 0]
+    hidden_again = [int(((a != main.MASK) & (b == main.MASK)).sum()) for a, b in itertools.pairwise(states)]
+    assert sum(hidden_again) >= 3
+    assert hidden_again[-1] == 0
+
+
+def test_the_cosine_schedule_begins_slowly():
+    assert main.masks_left(torch.tensor([16]), 4, "cosine").flatten().tolist() == [14, 11, 6, 0]
+    assert main.masks_left(torch.tensor([10, 3]), 4, "linear").tolist() == [[7, 2], [4, 1], [2, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("options", [{"remasking": "random"}, {"remasking": "margin"}, {"block_length": 1}])
+def test_one_commit_per_step_samples_the_joint_distribution_of_a_perfect_model(options):
+    """Chi-square test, 7 degrees of freedom: 24.3 is the 0.1 % point."""
+    model, number = KnownJoint(), 4000
+    config = settings(temperature=1.0, inference_steps=3, **options)
+    filled = main.fill_masks(model, [[main.MASK] * 3] * number, config)
+    counts = torch.zeros(2, 2, 2)
+    for a, b, c in filled:
+        counts[a, b, c] += 1
+    expected = number * model.joint
+    assert ((counts - expected) ** 2 / expected).sum() < 24.3
+    config.inference_steps = 1  # all at once: the bytes do not know of each other, the same test must fail
+    counts.zero_()
+    for a, b, c in main.fill_masks(model, [[main.MASK] * 3] * number, config):
+        counts[a, b, c] += 1
+    assert ((counts - expected) ** 2 / expected).sum() > 24.3 or config.block_length == 1
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"top_p": 0.5, "temperature": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"remasking": "threshold", "remask_share": 0.1}, "remask_share"),
+        ({"remasking": "entropy_bound", "commit_schedule": "cosine"}, "commit_schedule"),
+        ({"cache_refresh": -1}, "cache_refresh"),
+        ({"confidence_threshold": 0.0}, "confidence_threshold"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_in_one_line_with_their_name(options, named):
+    with pytest.raises(main.InputError, match=f"^{named}=") as refused:
+        settings(**options)
+    assert "\n" not in str(refused.value)
+
+
+def test_guidance_without_any_given_byte_is_refused(model):
+    with pytest.raises(main.InputError, match="guidance_scale=1.0"):
+        main.run_conditional_diffusion_inference(model, b"", 4, settings(guidance_scale=1.0))
+
+
+def test_the_commit_order_is_black_then_white_then_grey(model):
+    canvases = [torch.tensor([7, main.MASK, main.MASK]), torch.tensor([7, 8, main.MASK]), torch.tensor([7, 8, 9])]
+    assert main.commit_order(canvases).tolist() == [[96, 0, 0], [96, 255, 0], [96, 96, 255]]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_watching_redraws_in_place_and_marks_fresh_bytes(monkeypatch, no_color):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    view = main.CanvasView()
+    view(torch.tensor([[65, main.MASK, 27, main.PAD]]))
+    view(torch.tensor([[65, 66, 27, main.PAD]]))
+    first, second = screen.getvalue().split("\x1b[H\x1b[2J")[1:]
+    if no_color:
+        assert (first, second) == ("A·\ufffd\n", "AB\ufffd\n")
+    else:
+        assert "\x1b[2m·\x1b[0m" in first
+        assert "\x1b[1;32m" not in first
+        assert "\x1b[1;32mB\x1b[0m" in second
+        assert "\x1b" not in first.replace("\x1b[2m", "").replace("\x1b[0m", "")  # no byte controls the terminal
+
+
+def test_watching_shows_nothing_where_the_output_is_no_terminal(capsys):
+    main.CanvasView()(torch.tensor([[65, main.MASK]]))
+    assert capsys.readouterr().out == ""

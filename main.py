@@ -103,7 +103,7 @@ class CONFIG:
 
     # Optimization
     muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the blocks; 0: AdamW for all
-    mask_ratio_std: float = 0.15  # training draws the share of masks from a normal around 1/2; 0: uniform, the bound
+    mask_ratio_std: float = 0.1  # training draws the share of masks from a normal around 1/2; 0: uniform, the bound
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     gradient_clip_val: float = 1.0  # largest global gradient norm
     weight_decay: float = 0.1  # of AdamW, decoupled, on matrices only; Muon's matrices have none
@@ -591,18 +591,28 @@ def mask_bytes(x0, t, scores):
 
 def bell_quantile(t, std):
     """The quantiles t of the uniform distribution turned into those of a normal around 1/2, cut to [0, 1). As the share
-    of masks it is easier to learn from than the uniform: almost all or almost nothing masked teaches little
-    (0.12 bits per byte better after 600 steps of the default CPU size)."""
+    of masks it is easier to learn from than the uniform: almost all or almost nothing masked teaches little (0.13 bits
+    per byte better after 2,000 steps of the default CPU size)."""
     return (0.5 + std * math.sqrt(2) * torch.erfinv(2 * t - 1)).clamp(0, 1 - 1e-6) if std else t
+
+
+def predict_masked(model, x0, t, scores, attention_mask=None):
+    """Mask x0 and predict it; returns logits [B, L, 256], the cross-entropy in nats and is_masked, both [B, L]."""
+    xt, is_masked = mask_bytes(x0, t, scores)
+    logits = model(xt, attention_mask)
+    targets = x0.masked_fill(~is_masked, -100)  # -100: no loss
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    return logits, cross_entropy.view_as(x0), is_masked
+
+
+def mean_of_masked(values, is_masked):
+    return (values * is_masked).sum(dim=1) / is_masked.sum(dim=1).clamp(min=1)
 
 
 def sequence_losses(model, x0, t, scores, attention_mask=None):
     """Mean cross-entropy, in nats, of the masked bytes of each sequence: [B]."""
-    xt, is_masked = mask_bytes(x0, t, scores)
-    logits = model(xt, attention_mask)  # [B, L, 256]
-    targets = x0.masked_fill(~is_masked, -100)  # -100: no loss
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-    return cross_entropy.view_as(x0).sum(dim=1) / is_masked.sum(dim=1).clamp(min=1)
+    _, nats, is_masked = predict_masked(model, x0, t, scores, attention_mask)
+    return mean_of_masked(nats, is_masked)
 
 
 def masked_diffusion_loss(model, x0, t=None, scores=None, attention_mask=None):
@@ -690,10 +700,8 @@ def masks_left(num_masks, steps, schedule):
     """How many of num_masks [N] should be left after each step: [steps, N]. `linear` as in LLaDA, the remainder spread over
     the first steps; `cosine` commits few at first, when least is known (MaskGIT, MD4)."""
     if schedule == "cosine":
-        shares = torch.tensor(
-            [[math.cos(math.pi / 2 * step / steps)] for step in range(1, steps + 1)], dtype=torch.double
-        )
-        return (shares.to(num_masks.device) * num_masks).floor().long()
+        shares = [[math.cos(math.pi / 2 * step / steps)] for step in range(1, steps + 1)]
+        return (torch.tensor(shares, dtype=torch.double).to(num_masks.device) * num_masks).floor().long()
     step = torch.arange(1, steps + 1, device=num_masks.device)[:, None]
     return num_masks - step * (num_masks // steps) - torch.minimum(step, num_masks % steps)
 
@@ -908,38 +916,60 @@ def commit_order(canvases):
 
 
 @torch.no_grad()
-def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
-    """The bound of `masked_diffusion_loss` over a whole text, cut into non-overlapping chunks, one mask each.
+def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
+    """Mask each chunk of a text once, and predict it; float64 [chunks, 4]: its length, the share of it that was masked, the
+    mean cross-entropy of the masked bytes in bits, and the share of them that the most probable byte hits.
 
     The noise is a function of `seed` alone, so that two calls agree and two models are compared on the same masks.
     All processes of a distributed run take part and get the same result.
 
     Args:
-        dataset: a ByteLevelTextDataset in file order (seed=None).
+        dataset: a ByteLevelTextDataset in file order (seed=None), hence in chunks that do not overlap.
         max_bytes: if above 0, at most so many bytes, in chunks spread evenly over the text.
-
-    Returns:
-        (mean, standard error) in bits per byte: total bits over total bytes, and how far chance (of the text's chunks
-        and of the masks) may have moved it; nan if there is one chunk only.
     """
     device = next(model.parameters()).device
     num_chunks = len(dataset) if not max_bytes else min(len(dataset), math.ceil(max_bytes / dataset.max_length))
     chunks = np.arange(num_chunks) * len(dataset) // num_chunks
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same masks whatever the device
     t = stratified_quantiles(num_chunks, generator)[torch.randperm(num_chunks, generator=generator)]
-    losses, lengths = torch.zeros(num_chunks, dtype=torch.double), torch.zeros(num_chunks, dtype=torch.double)
+    measured = torch.zeros(num_chunks, 4, dtype=torch.double)
     with evaluation_mode(model):
         for number, rows in enumerate(torch.arange(num_chunks).split(batch_size)):
             scores = torch.rand(len(rows), dataset.max_length, generator=generator)
             if number % world_size() == rank():
-                x0 = dataset.__getitems__(chunks[rows])
-                lengths[rows] = (x0 != PAD).sum(dim=1).double()
-                batch = (tensor.to(device) for tensor in (x0, t[rows], scores))
-                losses[rows] = sequence_losses(model, *batch).cpu().double() * BITS_PER_NAT
-    losses, lengths = over_processes("sum", losses), over_processes("sum", lengths)
-    mean = (losses * lengths).sum() / lengths.sum()
-    spread = ((losses - mean) * lengths).square().sum().sqrt() / lengths.sum()
-    return mean.item(), spread.item() if num_chunks > 1 else math.nan
+                x0 = dataset.__getitems__(chunks[rows]).to(device)
+                logits, nats, is_masked = predict_masked(model, x0, t[rows].to(device), scores.to(device))
+                lengths = (x0 != PAD).sum(dim=1)
+                losses, hits = (mean_of_masked(v, is_masked) for v in (nats * BITS_PER_NAT, logits.argmax(-1) == x0))
+                columns = lengths, is_masked.sum(dim=1) / lengths, losses, hits
+                measured[rows] = torch.stack([column.double().cpu() for column in columns], dim=1)
+    return over_processes("sum", measured)
+
+
+def mean_over_bytes(values, lengths):
+    """(mean, standard error) of a figure of each chunk, weighted by the chunks' lengths; nan for a single chunk."""
+    mean = (values * lengths).sum() / lengths.sum()
+    spread = ((values - mean) * lengths).square().sum().sqrt() / lengths.sum()
+    return mean.item(), spread.item() if len(values) > 1 else math.nan
+
+
+def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
+    """The bound of `masked_diffusion_loss` over a whole text; see `measure_chunks` for the arguments.
+
+    Returns:
+        (mean, standard error) in bits per byte: total bits over total bytes, and how far chance (of the text's chunks
+        and of the masks) may have moved it.
+    """
+    lengths, _, losses, _ = measure_chunks(model, dataset, max_bytes, batch_size, seed).T
+    return mean_over_bytes(losses, lengths)
+
+
+def by_mask_ratio(measured, bins=10):
+    """What `measure_chunks` returned by the share of masks: for each of ten bins (upper end in percent, mean bits per
+    byte, share of hits); nan where no chunk fell."""
+    number = (measured[:, 1] * bins - 1e-5).ceil().clamp(1, bins)  # k / L of exactly 10 % is of the first bin
+    means = [measured[number == i + 1, 2:].mean(dim=0).tolist() for i in range(bins)]
+    return [(100 * (i + 1) // bins, *mean) for i, mean in enumerate(means)]
 
 
 @torch.no_grad()
@@ -955,16 +985,27 @@ def exact_left_to_right(model, x0, batch_size=64):
     return torch.cat(bits)
 
 
-def text_statistics(samples, training_text):
-    """What samples (list of bytes) look like beside the text the model learned from: a dict of
-
-    known_words   share of the words that the training text has (those cut off at the ends are not counted)
-    distinct_3    share of the 3-grams of words that are distinct
-    byte_entropy  bits, of the distribution of single bytes
-    longest_copy  bytes of the longest piece that stands in the training text
+@torch.no_grad()
+def exact_most_confident_first(model, x0):
+    """Bits per byte of each row of x0 [B, L] by the chain rule in another order: next comes the byte whose prediction is the
+    surest. The order follows from the bytes seen so far alone, which makes the likelihood exact (DUEL, arXiv 2603.01367).
     """
+    rows, xt = torch.arange(len(x0), device=x0.device), torch.full_like(x0, MASK)
+    bits = torch.zeros(len(x0), dtype=torch.double, device=x0.device)
+    with evaluation_mode(model):
+        for _ in range(x0.shape[1]):
+            log_probs = model(xt).log_softmax(dim=-1)
+            positions = log_probs.amax(dim=-1).masked_fill(xt != MASK, -torch.inf).argmax(dim=1)
+            truth = x0[rows, positions]
+            bits -= log_probs[rows, positions, truth].double() * BITS_PER_NAT
+            xt[rows, positions] = truth
+    return bits / x0.shape[1]
+
+
+def text_statistics(samples, training_text):
+    """What samples (list of bytes) look like beside the text the model learned from: {figure: (value, unit, about)}."""
     known = set(re.findall(rb"\w+", training_text))
-    words = [re.findall(rb"\w+", sample)[1:-1] for sample in samples]
+    words = [re.findall(rb"\w+", sample)[1:-1] for sample in samples]  # those at the ends may be cut
     trigrams = [trigram for sample in words for trigram in zip(sample, sample[1:], sample[2:])]
     flat = list(itertools.chain(*words))
     shares = np.bincount(np.frombuffer(b"".join(samples), np.uint8)) / max(1, sum(map(len, samples)))
@@ -973,12 +1014,71 @@ def text_statistics(samples, training_text):
         for start in range(len(sample)):
             while start + longest < len(sample) and sample[start : start + longest + 1] in training_text:
                 longest += 1
+    known_words = sum(word in known for word in flat) / max(1, len(flat))
     return {
-        "known_words": sum(word in known for word in flat) / max(1, len(flat)),
-        "distinct_3": len(set(trigrams)) / max(1, len(trigrams)),
-        "byte_entropy": -sum(p * math.log2(p) for p in shares if p),
-        "longest_copy": longest,
+        "known words": (known_words, "share", "words of the samples that the training text has"),
+        "distinct-3": (len(set(trigrams)) / max(1, len(trigrams)), "share", "3-grams of their words that are distinct"),
+        "byte entropy": (-sum(p * math.log2(p) for p in shares if p), "bits", "of their single bytes"),
+        "longest copy": (longest, "bytes", "their longest piece that stands in the training text"),
     }
+
+
+def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
+    """What `python main.py evaluate` tells, a function of the seed: a list of dicts with figure, kind (bound, exact or
+    other: they are never compared), value, standard_error (None where there is none), unit and about."""
+    device, L = next(model.parameters()).device, config.max_length
+    figures = []
+
+    def note(figure, kind, values, unit, about):  # values: one for each chunk, or (mean, standard error)
+        if isinstance(values, torch.Tensor):
+            values = mean_over_bytes(values.double().cpu(), torch.ones(len(values)))
+        mean, error = (None if math.isnan(v) else v for v in values)
+        row = {"figure": figure, "kind": kind, "value": mean, "standard_error": error, "unit": unit, "about": about}
+        figures.append(row)
+
+    measured = measure_chunks(model, dataset, seed=seed)
+    note("nelbo", "bound", mean_over_bytes(measured[:, 2], measured[:, 0]), "bits/byte", "whole text, one mask a chunk")
+    for percent, bits, hits in by_mask_ratio(measured):
+        note(f"masked to {percent} %", "bound", (bits, math.nan), "bits/byte", "part of it with so many masks")
+        note(f"hits to {percent} %", "other", (hits, math.nan), "share", "masked bytes that are the most probable byte")
+
+    whole = len(dataset.bytes) // L  # chunks without PAD
+    chosen = min(num_chunks, whole)
+    x0 = torch.stack([dataset[i * whole // chosen] for i in range(chosen)]).to(device)
+    exact = torch.stack([exact_left_to_right(model, x) for x in x0])  # [chunks, L]
+    note("left to right", "exact", exact.mean(dim=1), "bits/byte", f"{len(x0)} chunks; as of autoregressive models")
+    note("surest first", "exact", exact_most_confident_first(model, x0), "bits/byte", "the same in another order")
+    half = L // 2
+    others = torch.cat([x0.roll(1, dims=0)[:, :half], x0[:, half:]], dim=1)
+    after_others = torch.stack([exact_left_to_right(model, x) for x in others])
+    note("continuation", "exact", exact[:, half:].mean(dim=1), "bits/byte", "second half of a chunk, given the first")
+    note("its prompt swapped", "exact", after_others[:, half:].mean(dim=1), "bits/byte", "after that of another chunk")
+
+    hole = min(20, L // 2)
+    start = (L - hole) // 2
+    texts = [[*x[:start], *[MASK] * hole, *x[start + hole :]] for x in x0.tolist()]
+    for name, temperature, top_p in (("greedy", 0.0, 1.0), ("drawn", config.temperature or 1.0, config.top_p)):
+        settings = dataclasses.replace(config, temperature=temperature, top_p=top_p)
+        filled = torch.tensor([list(text) for text in fill_masks(model, texts, settings, seed)], device=device)
+        hits = (filled == x0)[:, start : start + hole].double().mean(dim=1)
+        note(f"infilling, {name}", "other", hits, "share", f"restored bytes of {hole}-byte holes in {L} bytes")
+
+    samples = fill_masks(model, [[MASK] * L] * num_chunks, dataclasses.replace(config, guidance_scale=0.0), seed)
+    exact = torch.stack([exact_left_to_right(model, torch.tensor([*x], device=device)).mean() for x in samples])
+    note("of its samples", "exact", exact, "bits/byte", f"left to right, {num_chunks} free samples of {L} bytes")
+    for figure, (value, unit, about) in text_statistics(samples, training_text).items():
+        note(figure, "other", (value, math.nan), unit, about)
+    return figures
+
+
+def as_table(figures):
+    lines = [f"{'':<20}{'bound':<18}{'exact':<18}{'other':<18}"]
+    for row in figures:
+        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+        number = "none" if row["value"] is None else f"{row['value']:.4f}{error}"
+        cells = "".join(f"{number if row['kind'] == kind else '':<18}" for kind in ("bound", "exact", "other"))
+        lines.append(f"{row['figure']:<20}{cells}{row['unit']}: {row['about']}")
+    return "\n".join(lines)
 
 
 def continue_validation_prompts(model, dataset, config, on_step=None):
@@ -1575,8 +1675,11 @@ def trace_parts(state, train_step, trace_file, steps=5):
     """Milliseconds per step of each part of an eager step (a compiled one has no parts); writes the profiler's trace."""
     label, model, layers = record_function, state.model, state.model.layers
     parts = {"embedding": [model.tok_embeddings], "head": [model.output]}
-    parts |= {"convolution": [b.convolution for b in layers], "attention": [b.attention for b in layers]}
-    parts |= {"feed-forward": [b.feed_forward for b in layers]}
+    parts |= {
+        "convolution": [b.convolution for b in layers if b.convolution],
+        "attention": [b.attention for b in layers],
+        "feed-forward": [b.feed_forward for b in layers],
+    }
     for name, modules in parts.items():
         for module in modules:
             module.forward = label(name)(module.forward)
@@ -1618,17 +1721,16 @@ def profile(config, steps=20):
     kept = itertools.chain(state.model.parameters(), state.model.parameters(), state.ema.parameters())
     kept = itertools.chain(kept, *(values.values() for o in state.optimizers for values in o.state.values()))
     state_bytes = sum(tensor.nbytes for tensor in kept)
-    print(
-        f"{config.device} {config.amp_dtype}, {config.num_layers} x {config.model_dim}, {step_bytes:,} bytes per step"
-    )
-    print(
-        f"speed    {step_bytes / step_seconds:,.0f} bytes/s, {step_seconds * 1e3:,.1f} ms per step, median of {steps}"
-    )
-    print(
-        f"compute  {flops / 1e9:,.1f} GFLOP/s, {flops / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large matrix product"
-    )
+    step_ms, share = step_seconds * 1e3, flops / ceiling
+    shape = f"{config.num_layers} x {config.model_dim}"
+    print(f"{config.device} {config.amp_dtype}, {shape}, {step_bytes:,} bytes per step")
+    print(f"speed    {step_bytes / step_seconds:,.0f} bytes/s, {step_ms:,.1f} ms per step, median of {steps}")
+    print(f"compute  {flops / 1e9:,.1f} GFLOP/s, {share:.0%} of {ceiling / 1e9:,.1f} of a large matrix product")
     print(f"memory   {state_bytes / 2**20:,.1f} MiB of weights, their average, gradients and optimizer state")
     if config.device.startswith("cuda"):
+        del product  # the ceiling's matrices are not the training's
+        torch.cuda.reset_peak_memory_stats()
+        train_step(forward)
         print(f"peak     {torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB, activations included")
     run_dir = make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}"))
     parts = trace_parts(state, train_step, run_dir / "trace.json")
@@ -1670,11 +1772,9 @@ def add_config_flags(parser, only=None):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(CONFIG), re.MULTILINE))
     for field in dataclasses.fields(CONFIG):
         if only is None or field.name in only:
-            default = (
-                field.default
-                if field.default is not None
-                else "{cpu} on a CPU, {gpu} on a GPU".format(**field.metadata)
-            )
+            default = field.default
+            if field.metadata:
+                default = "{cpu} on a CPU, {gpu} on a GPU".format(**field.metadata)
             parser.add_argument(
                 f"--{field.name}",
                 type=parse_bool if field.type is bool else field.type,
@@ -1707,11 +1807,11 @@ def checkpoint_parser(command, description, fields):
 
 
 def load_for_command(arguments):
-    """The model of --checkpoint, its CONFIG with the other flags put into it, and a line that tells which it is."""
-    path = arguments.checkpoint or newest_run()
+    """The model of --checkpoint, its CONFIG with the other flags put into it, the checkpoint's path and its step."""
+    path = Path(arguments.checkpoint or newest_run())
     model, config, state = load_checkpoint(path, getattr(arguments, "device", "auto"))
     overrides = {name: value for name, value in vars(arguments).items() if hasattr(config, name)}
-    return model, dataclasses.replace(config, **overrides), f"{path}, step {state['step']:,}"
+    return model, dataclasses.replace(config, **overrides), path, state["step"]
 
 
 def generate_command(argv):
@@ -1724,7 +1824,7 @@ def generate_command(argv):
     parser.add_argument("--samples", type=int, default=1, help="how many, in one batch, with seeds from --seed on")
     parser.add_argument("--watch", action="store_true", help="show the text crystallize, step by step, in a terminal")
     arguments = parser.parse_args(argv)
-    model, config, which = load_for_command(arguments)
+    model, config, path, step = load_for_command(arguments)
     require(0 < arguments.samples <= 4096, "samples", arguments.samples, "1 to 4096")
     (prompt, suffix), length = map(holes_to_masks, (arguments.prompt, arguments.suffix)), arguments.response_length
     if length is None:
@@ -1739,7 +1839,7 @@ def generate_command(argv):
         if arguments.samples > 1:
             print(f"--- seed {config.seed + number}")
         print(printable(filled) if sys.stdout.isatty() else filled.decode(errors="replace"))
-    print(f"({which})", file=sys.stderr)
+    print(f"({path}, step {step:,})", file=sys.stderr)
     return 0
 
 
@@ -1749,16 +1849,29 @@ def holes_to_masks(text):
     return [token for i, part in enumerate(parts) for token in ([MASK] * int(part) if i % 2 else os.fsencode(part))]
 
 
+MEMORIZED_BYTES = 2**26  # samples are compared with so much of the training text
+
+
 def evaluate_command(argv):
-    fields = ("validation_data_file", "seed", "device")
-    arguments = checkpoint_parser("evaluate", "The likelihood bound on the whole validation text.", fields).parse_args(
-        argv
-    )
-    model, config, which = load_for_command(arguments)
-    validation_set = open_validation_set(config)
-    bound, error = estimate_nelbo(model, validation_set, seed=getattr(arguments, "seed", 0))
-    print(f"{validation_set.path}: bound {bound:.4f} ± {error:.4f} bits per byte ({len(validation_set.bytes):,} bytes)")
-    print(f"({which})", file=sys.stderr)
+    fields = ("train_data_file", "validation_data_file", "temperature", "seed", "device")
+    parser = checkpoint_parser("evaluate", "Likelihoods, infilling and samples of a model, with their errors.", fields)
+    parser.add_argument("--file", metavar="TEXT", help="another text to evaluate on")
+    parser.add_argument("--chunks", type=int, default=16, help="chunks, holes and samples of each figure but the bound")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    arguments = parser.parse_args(argv)
+    require(arguments.chunks > 1, "chunks", arguments.chunks, "above 1")
+    model, config, path, step = load_for_command(arguments)
+    dataset = ByteLevelTextDataset(arguments.file, config.max_length) if arguments.file else open_validation_set(config)
+    training_text = ByteLevelTextDataset(config.train_data_file, 1).bytes[:MEMORIZED_BYTES].tobytes()
+    figures = evaluate(model, config, dataset, training_text, arguments.chunks, getattr(arguments, "seed", 0))
+    print(json.dumps(figures, indent=2) if arguments.json else as_table(figures))
+    writer = open_writer(path.parent if path.is_file() else path, step)
+    for row in figures:
+        if row["value"] is not None:
+            writer.add_scalar("evaluate/" + row["figure"].replace(" ", "_"), row["value"], step)
+    writer.add_text("evaluate", as_code(dataset.path, as_table(figures)), step)
+    writer.close()
+    print(f"({path}, step {step:,}, {dataset.path}, {len(dataset.bytes):,} bytes)", file=sys.stderr)
     return 0
 
 

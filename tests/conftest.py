@@ -45,8 +45,11 @@ class KnownJoint(torch.nn.Module):
         self.nothing = torch.nn.Parameter(torch.zeros(1))
         self.output = torch.nn.Identity()
 
+    def forward(self, tokens):
+        return self.output(self.hidden(tokens))
+
     def hidden(self, tokens, attention_mask=None, caches=None):
-        logits = torch.full((*tokens.shape, 256), -torch.inf)
+        logits = torch.full((*tokens.shape, 256), -100.0)
         for row, sequence in enumerate(tokens.tolist()):
             index = tuple(slice(None) if token == main.MASK else slice(token, token + 1) for token in sequence)
             for i, token in enumerate(sequence):

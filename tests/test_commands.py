@@ -1,10 +1,13 @@
 """The commands as a user types them: with and without data, right and wrong."""
 
 import dataclasses
+import json
 import re
 
 import pytest
+import torch
 from conftest import ROOT, TINY, TINY_FLAGS, run_main, train_tiny
+from torch.utils.flop_counter import FlopCounterMode
 
 import main
 
@@ -192,14 +195,50 @@ def test_holes_in_a_prompt_are_filled_and_several_samples_differ(trained):
         assert "not" in text
 
 
-def test_evaluate_prints_the_bound_of_the_whole_validation_text(trained):
+def test_evaluate_prints_the_same_table_for_the_same_seed_and_keeps_bound_and_exact_apart(trained):
     folder, run_dir = trained
-    done = run_main(folder, "evaluate")
+    options = ["evaluate", "--chunks", "3", "--temperature", "1"]
+    done = run_main(folder, *options)
     assert done.returncode == 0, done.stderr
     model, config, _ = main.load_checkpoint(run_dir, device="cpu")
     dataset = main.ByteLevelTextDataset(folder / "validation.txt", config.max_length)
     bound, error = main.estimate_nelbo(model, dataset)
-    assert f"bound {bound:.4f} ± {error:.4f} bits per byte ({len(dataset.bytes):,} bytes)" in done.stdout
+    head, first, *_ = done.stdout.splitlines()
+    assert first.split()[:4] == ["nelbo", f"{bound:.4f}", "±", f"{error:.4f}"]
+    (exact,) = [line for line in done.stdout.splitlines() if line.startswith("left to right")]
+    number = re.search(r"\d\.\d{4}", exact)
+    assert number.start() == head.index("exact")
+    figures = json.loads(run_main(folder, *options, "--json").stdout)
+    values = {row["figure"]: row["value"] for row in figures}
+    assert values["nelbo"] == bound
+    assert f"{values['left to right']:.4f}" == number.group()
+    assert {"surest first", "infilling, greedy", "known words", "longest copy", "its prompt swapped"} <= values.keys()
+    other = run_main(folder, "evaluate", "--chunks", "3", "--file", "train.txt", "--json")
+    assert json.loads(other.stdout)[0]["value"] != bound
+
+
+@pytest.mark.parametrize("conv_width", [0, 5])
+def test_profile_tells_speed_share_of_the_ceiling_and_parts_that_add_up(text_folder, conv_width):
+    done = run_main(text_folder, "profile", *TINY_FLAGS, f"--conv_width={conv_width}")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"speed    [\d,]+ bytes/s", done.stdout)
+    assert re.search(r"compute  [\d.,]+ GFLOP/s, \d+% of", done.stdout)
+    parts = {name: float(value) for value, name in re.findall(r"^ +([\d.]+) +\d+%  (.*)$", done.stdout, re.MULTILINE)}
+    whole = parts.pop("whole step")
+    assert {"fetch", "embedding", "attention", "feed-forward", "head", "backward", "optimizer"} <= parts.keys()
+    assert 0.5 * whole < sum(parts.values()) < 1.1 * whole
+    (trace,) = text_folder.glob("runs/*/trace.json")
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_the_flop_count_of_the_matrix_products_is_that_of_pytorchs_counter():
+    config = main.CONFIG(**TINY)
+    model = main.MaskPredictor(config)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(3, config.max_length, dtype=torch.int64)).sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    attention = 12 * config.num_layers * config.max_length * config.model_dim
+    assert (main.flops_per_byte(model, config) - attention) * 3 * config.max_length == counted
 
 
 def test_importing_main_does_nothing(tmp_path):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import KnownJoint
+from conftest import TINY, KnownJoint
 
 import main
 
@@ -39,15 +39,68 @@ def test_statistics_of_samples_against_brute_force():
     text = bytes(rng.choices(b"ab c", k=200))
     samples = [bytes(rng.choices(b"abc ", k=30)) for _ in range(4)]
     measures = main.text_statistics(samples, text)
-    assert measures["longest_copy"] == longest_copy_by_brute_force(samples, text)
+    assert measures["longest copy"][0] == longest_copy_by_brute_force(samples, text)
     counts = [sum(sample.count(byte) for sample in samples) for byte in range(256)]
-    assert measures["byte_entropy"] == pytest.approx(-sum(c / 120 * math.log2(c / 120) for c in counts if c))
+    assert measures["byte entropy"][0] == pytest.approx(-sum(c / 120 * math.log2(c / 120) for c in counts if c))
 
 
 def test_statistics_of_a_copied_text_say_so():
     text = b"we are such stuff as dreams are made on, and our little life is rounded with a sleep"
     measures = main.text_statistics([text], text)
-    assert (measures["known_words"], measures["distinct_3"], measures["longest_copy"]) == (1, 1, len(text))
+    assert (measures["known words"][0], measures["distinct-3"][0], measures["longest copy"][0]) == (1, 1, len(text))
     measures = main.text_statistics([b"so so so so so so so", b"xx are we qq made xx"], text)
-    assert measures["known_words"] == pytest.approx(3 / 9)
-    assert measures["distinct_3"] == pytest.approx(3 / 5)
+    assert measures["known words"][0] == pytest.approx(3 / 9)
+    assert measures["distinct-3"][0] == pytest.approx(3 / 5)
+
+
+def write_text(tmp_path, config, size=400):
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(random.Random(1).choices(b"to be or not", k=size)))
+    return main.ByteLevelTextDataset(path, config.max_length)
+
+
+def test_a_model_that_knows_nothing_has_8_bits_in_every_figure_of_likelihood(tmp_path):
+    config = main.CONFIG(**TINY, temperature=1.0)
+    model = main.MaskPredictor(config)  # its output layer starts at zero
+    dataset = write_text(tmp_path, config)
+    figures = main.evaluate(model, config, dataset, dataset.bytes.tobytes(), num_chunks=4)
+    likelihoods = [row for row in figures if row["unit"] == "bits/byte" and row["value"] is not None]
+    assert len(likelihoods) >= 8
+    for row in likelihoods:
+        assert row["value"] == pytest.approx(8, abs=1e-4), row
+
+
+def test_the_chunks_behind_the_bound_cover_the_text_once_and_the_last_one_partly(tmp_path, model, config):
+    dataset = write_text(tmp_path, config, size=397)
+    lengths, ratios, bits, hits = main.measure_chunks(model, dataset).T
+    assert lengths.tolist() == [16] * 24 + [13]
+    assert ((ratios > 0) & (ratios <= 1) & (hits >= 0) & (hits <= 1)).all()
+    mean, _ = main.estimate_nelbo(model, dataset)
+    assert mean == pytest.approx(((bits * lengths).sum() / 397).item())
+
+
+def test_each_bin_of_the_mask_ratio_averages_its_own_chunks():
+    measured = torch.tensor(
+        [[16, 0.05, 1.0, 0.9], [16, 0.1, 3.0, 0.7], [16, 0.11, 5.0, 0.5], [16, 1.0, 7.0, 0.1]]
+    ).double()
+    rows = main.by_mask_ratio(measured)
+    assert rows[0] == pytest.approx((10, 2.0, 0.8))
+    assert rows[1] == pytest.approx((20, 5.0, 0.5))
+    assert rows[9] == pytest.approx((100, 7.0, 0.1))
+    assert math.isnan(rows[5][1])
+
+
+@torch.no_grad()
+def test_the_surest_first_likelihood_is_that_of_a_naive_loop_and_of_a_perfect_model(model):
+    x0 = torch.randint(0, 256, (1, 7), generator=torch.Generator().manual_seed(0))
+    xt, bits = [main.MASK] * 7, 0.0
+    while main.MASK in xt:
+        probs = model(torch.tensor([xt]))[0].softmax(-1)
+        surest = max((i for i in range(7) if xt[i] == main.MASK), key=lambda i: probs[i].max().item())
+        bits -= math.log2(probs[surest, x0[0, surest]].item())
+        xt[surest] = x0[0, surest].item()
+    assert main.exact_most_confident_first(model, x0).item() == pytest.approx(bits / 7, rel=1e-4)
+    perfect = KnownJoint()
+    texts = torch.tensor(list(itertools.product((0, 1), repeat=3)))
+    expected = -perfect.joint.flatten().double().log2() / 3
+    torch.testing.assert_close(main.exact_most_confident_first(perfect, texts), expected, rtol=1e-4, atol=1e-4)

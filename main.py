@@ -1,15 +1,16 @@
-"""Train a masked diffusion language model on raw bytes and watch it learn: one file, meant to be read from top to bottom.
+"""Train a masked diffusion language model on raw bytes and watch it learn: one file, to be read from top to bottom.
 
     python main.py                                        train on train.txt, validate on validation.txt
     tensorboard --logdir=runs                             watch the run
     python main.py --model_dim 256 --max_steps 5000       every field of CONFIG is a flag
     python main.py --resume auto                          go on with the newest run
     python main.py generate --prompt "ROMEO:" --watch     sample from the newest run and see the text crystallize
-    python main.py evaluate                               the likelihood bound of the newest run
+    python main.py evaluate                               how good the newest run is, in many figures
+    python main.py profile                                where the time of a training step goes
     torchrun --nproc_per_node=8 main.py                   the same training on eight GPUs
 
 The idea: hide k of the L bytes of a text behind a MASK, let a bidirectional transformer predict all of them at once,
-and train it for every k from 1 to L. Such a model writes by starting from nothing but MASK and uncovering it bit by bit.
+and train it for every k from 1 to L. Such a model writes by starting from nothing but MASK, uncovered bit by bit.
 
 Shapes: B sequences, L bytes each, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values.
 
@@ -42,7 +43,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn import RMSNorm  # x / sqrt(mean(x^2) + eps) * weight
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -113,9 +113,7 @@ class CONFIG:
     # Sampling
     remasking: str = "low_confidence"  # which masks are filled first: see `score_positions`
     inference_steps: int = 64  # forward passes per response, one or more for each block; not of the last two strategies
-    commit_schedule: str = (
-        "linear"  # how many bytes each of these steps commits: linear, or cosine, which begins slowly
-    )
+    commit_schedule: str = "linear"  # how many bytes each of them commits: linear; cosine begins slowly
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are committed
     entropy_bound: float = 1.0  # nats, of the strategy entropy_bound: higher commits more bytes at once
     temperature: float = 0.7  # of the byte distribution; 0 takes the most probable byte
@@ -123,16 +121,14 @@ class CONFIG:
     guidance_scale: float = 0.0  # classifier-free guidance: away from what the model says without the prompt; 0: none
     remask_share: float = 0.0  # of the committed bytes, hidden again at each step to be corrected (ReMDM); 0: none
     block_length: int = 0  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
-    cache_refresh: int = (
-        1  # steps between passes over all bytes, the others compute the block; 0: one each block; 1: all
-    )
+    cache_refresh: int = 1  # steps between passes over all bytes, the rest compute the block alone; 0: one each block
     num_samples: int = 3  # prompts from the validation text that each validation continues
 
     # Run
     name: str = "diffusion"  # the run's folder is runs/NAME_TIME
     seed: int = 0  # of the weights, the data order and the masks
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    amp_dtype: str = "auto"  # bf16, fp16 (with a GradScaler), fp32; auto: bf16 or else fp16 on CUDA, fp32 elsewhere
+    amp_dtype: str = "auto"  # bf16, fp16 (with a GradScaler), fp32; auto: bf16 or fp16 on CUDA, fp32 elsewhere
     compile: bool = True  # torch.compile; without a C++ compiler the run warns once and goes on without
     validate_every: int = 1000  # steps between validations
     checkpoint_every: int = 500  # steps between checkpoints
@@ -177,9 +173,9 @@ AMP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 STRATEGIES = ("random", "low_confidence", "margin", "entropy", "threshold", "entropy_bound")
 CHOICES = {"remasking": STRATEGIES, "commit_schedule": ("linear", "cosine"), "amp_dtype": tuple(AMP_DTYPES)}
 SHARES = {"dropout", "ema_decay", "random_length_prob", "remask_share"}
-MAY_BE_0 = {"num_workers", "weight_decay", "warmup_steps", "max_minutes", "temperature", "block_length", "num_samples"}
-MAY_BE_0 |= {"seed", "conv_width", "mask_ratio_std", "muon_learning_rate", "guidance_scale", "cache_refresh"}
-MAY_BE_0 |= {"entropy_bound"}
+MAY_BE_0 = {"seed", "num_workers", "conv_width", "mask_ratio_std", "muon_learning_rate", "weight_decay", "warmup_steps"}
+MAY_BE_0 |= {"max_minutes", "entropy_bound", "temperature", "guidance_scale", "block_length", "cache_refresh"}
+MAY_BE_0 |= {"num_samples"}
 
 
 def require(condition, name, value, accepted):
@@ -332,19 +328,25 @@ def holds_out(config):
     return paths[1] == DEFAULT_DATA_FILES[1] and (paths[0] != DEFAULT_DATA_FILES[0] or not paths[1].exists())
 
 
+def held_out_start(config):
+    return file_size(config.train_data_file) * 95 // 100 if holds_out(config) else None
+
+
+def open_training_set(config):
+    return ByteLevelTextDataset(config.train_data_file, config.max_length, config.seed, stop=held_out_start(config))
+
+
 def open_validation_set(config):
     if not holds_out(config):
         return ByteLevelTextDataset(config.validation_data_file, config.max_length)
-    say(f"no validation text of its own: the last 5 % of {config.train_data_file} are held out for validation")
-    start = file_size(config.train_data_file) * 95 // 100
-    return ByteLevelTextDataset(config.train_data_file, config.max_length, start=start)
+    return ByteLevelTextDataset(config.train_data_file, config.max_length, start=held_out_start(config))
 
 
 def open_datasets(config):
     """The (training, validation) datasets of a run."""
-    validation_set = open_validation_set(config)
-    stop = validation_set.start if holds_out(config) else None
-    train_set = ByteLevelTextDataset(config.train_data_file, config.max_length, config.seed, stop=stop)
+    validation_set, train_set = open_validation_set(config), open_training_set(config)
+    if holds_out(config):
+        say(f"no validation text of its own: the last 5 % of {config.train_data_file} are held out for validation")
     starter_sizes = tuple(len(text) for text in starter_corpus())
     if len(validation_set.bytes) == starter_sizes[1] and len(train_set.bytes) != starter_sizes[0]:
         say(f"warning: {validation_set.path} is the starter corpus, {train_set.path} is not; delete it to hold out 5 %")
@@ -396,8 +398,8 @@ def apply_rope(x, freqs_cis):
 
 
 class SimplifiedMLAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) at its simplest: keys and values are decompressed from
-    one small latent per position; queries are direct, and RoPE turns whole heads. Bidirectional."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) at its simplest: keys and values are decompressed
+    from one small latent per position; queries are direct, and RoPE turns whole heads. Bidirectional."""
 
     def __init__(self, config):
         super().__init__()
@@ -426,8 +428,8 @@ class SimplifiedMLAttention(nn.Module):
 
 
 def mish(x):
-    """x * tanh(softplus(x)) (arXiv 1908.08681) by one exponential. F.mish takes three in compiled CPU code: a step of the
-    default size took 120 ms with it and 112 ms with this (the shortest of 40 each, in turn)."""
+    """x * tanh(softplus(x)) (arXiv 1908.08681) by one exponential. F.mish takes three in compiled CPU code: a step of
+    the default size took 120 ms with it and 112 ms with this (the shortest of 40 each, in turn)."""
     exp = torch.exp(x.clamp(max=20))  # beyond 20 it is x to the last bit, and exp must not overflow
     ratio = exp * (exp + 2)
     return x * (ratio / (ratio + 2))
@@ -461,9 +463,9 @@ class DepthwiseConvolution(nn.Module):
 
 
 class LatentCache:
-    """What one block keeps of a pass over the whole canvas, so that the next passes need to compute only the positions of
-    `window`: the latent [B, L, R] of every position (not its K and V, which are 2 D / R times larger) and, for the
-    convolution, the residual stream [B, conv_width // 2, D] on either side of the window. Used by the sampler."""
+    """What one block keeps of a pass over the whole canvas, so that the next passes need to compute only the
+    positions of `window`: the latent [B, L, R] of every position (not its K and V, which are 2 D / R times larger)
+    and, for the convolution, the residual stream [B, conv_width // 2, D] on either side of the window."""
 
     def __init__(self, window, conv_width):
         self.window, self.reach, self.latent = window, conv_width // 2, None
@@ -589,13 +591,6 @@ def mask_bytes(x0, t, scores):
     return x0.masked_fill(is_masked, MASK), is_masked
 
 
-def bell_quantile(t, std):
-    """The quantiles t of the uniform distribution turned into those of a normal around 1/2, cut to [0, 1). As the share
-    of masks it is easier to learn from than the uniform: almost all or almost nothing masked teaches little (0.13 bits
-    per byte better after 2,000 steps of the default CPU size)."""
-    return (0.5 + std * math.sqrt(2) * torch.erfinv(2 * t - 1)).clamp(0, 1 - 1e-6) if std else t
-
-
 def predict_masked(model, x0, t, scores, attention_mask=None):
     """Mask x0 and predict it; returns logits [B, L, 256], the cross-entropy in nats and is_masked, both [B, L]."""
     xt, is_masked = mask_bytes(x0, t, scores)
@@ -607,12 +602,6 @@ def predict_masked(model, x0, t, scores, attention_mask=None):
 
 def mean_of_masked(values, is_masked):
     return (values * is_masked).sum(dim=1) / is_masked.sum(dim=1).clamp(min=1)
-
-
-def sequence_losses(model, x0, t, scores, attention_mask=None):
-    """Mean cross-entropy, in nats, of the masked bytes of each sequence: [B]."""
-    _, nats, is_masked = predict_masked(model, x0, t, scores, attention_mask)
-    return mean_of_masked(nats, is_masked)
 
 
 def masked_diffusion_loss(model, x0, t=None, scores=None, attention_mask=None):
@@ -639,15 +628,23 @@ def masked_diffusion_loss(model, x0, t=None, scores=None, attention_mask=None):
     if t is None:
         generator = torch.Generator(x0.device).manual_seed(int(torch.randint(2**62, ())))
         t, scores = draw_noise(*x0.shape, generator)
-    return sequence_losses(model, x0, t, scores, attention_mask).mean()
+    _, nats, is_masked = predict_masked(model, x0, t, scores, attention_mask)
+    return mean_of_masked(nats, is_masked).mean()
+
+
+def bell_quantile(t, std):
+    """What training does with t: the quantiles of the uniform distribution become those of a normal around 1/2, cut to
+    [0, 1). As the share of masks it is easier to learn from: almost all or almost nothing masked teaches little (0.13
+    bits per byte better after 2,000 steps of the default CPU size). The loss is then a weighted bound."""
+    return (0.5 + std * math.sqrt(2) * torch.erfinv(2 * t - 1)).clamp(0, 1 - 1e-6) if std else t
 
 
 # === Sampler: from MASKs to text ======================================================================================
 
 
 def add_gumbel_noise(logits, temperature, uniform):
-    """Logits whose argmax is a sample from softmax(logits / temperature), made with `uniform` noise of their shape. It is
-    float64 where the device has it: float32 noise silently lowers the temperature (arXiv 2409.02908)."""
+    """Logits whose argmax is a sample from softmax(logits / temperature), made with `uniform` noise of their shape.
+    It is float64 where the device has it: float32 noise silently lowers the temperature (arXiv 2409.02908)."""
     return logits - temperature * torch.log(-torch.log(uniform)) if temperature else logits
 
 
@@ -697,8 +694,8 @@ def choose_positions(candidates, scores, counts):
 
 
 def masks_left(num_masks, steps, schedule):
-    """How many of num_masks [N] should be left after each step: [steps, N]. `linear` as in LLaDA, the remainder spread over
-    the first steps; `cosine` commits few at first, when least is known (MaskGIT, MD4)."""
+    """How many of num_masks [N] should be left after each step: [steps, N]. `linear` as in LLaDA, the remainder
+    spread over the first steps; `cosine` commits few at first, when least is known (MaskGIT, MD4)."""
     if schedule == "cosine":
         shares = [[math.cos(math.pi / 2 * step / steps)] for step in range(1, steps + 1)]
         return (torch.tensor(shares, dtype=torch.double).to(num_masks.device) * num_masks).floor().long()
@@ -708,7 +705,7 @@ def masks_left(num_masks, steps, schedule):
 
 def choose_remasked(config, is_committed, confidence, target, uniform):
     """Which committed bytes are hidden again, bool [N, W]: about the share remask_share of them, drawn with weights
-    exp(-confidence), and no more than the masks that are to be left (ReMDM-conf, arXiv 2503.00307, eq. 10 and sec. 4)."""
+    exp(-confidence), and no more than the masks that are to be left (ReMDM-conf, arXiv 2503.00307, eq. 10)."""
     expected = config.remask_share * is_committed.sum(dim=1)
     counts = torch.minimum((expected + uniform[:, 0, 0]).floor(), target)  # rounded by chance, right on average
     return choose_positions(is_committed, -confidence - torch.log(-torch.log(uniform[:, :, 1])), counts)
@@ -721,9 +718,9 @@ def draw_uniform(generators, width, numbers, device):
 
 
 class BlockPredictor:
-    """Logits at the masks of one block of the canvas. With cache_refresh other than 1 most steps compute the block alone:
-    the rest stands in a LatentCache until the next pass over the whole canvas (the dual cache of Fast-dLLM, on latents).
-    """
+    """Logits at the masks of one block of the canvas. With cache_refresh other than 1 most steps compute the block
+    alone: the rest stands in a LatentCache until the next pass over the whole canvas (the dual cache of Fast-dLLM, on
+    latents)."""
 
     def __init__(self, model, canvas, is_given, window, config):
         self.model, self.canvas, self.window, self.config, self.caches = model, canvas, window, config, None
@@ -783,7 +780,7 @@ def denoise_block(model, canvas, is_given, window, steps, config, generators):
 
 @torch.no_grad()
 def denoise(model, canvas, config, generators):
-    """Fill every MASK of canvas [N, L] in place; yields the canvas after each step.
+    """Fill every MASK of canvas [N, L] in place; yields the canvas before the first step and after each.
 
     This one loop is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5), and everybody else's with another choice of
     the positions to commit. The masked stretch is cut into blocks, filled from left to right. Each step predicts all
@@ -791,6 +788,7 @@ def denoise(model, canvas, config, generators):
     """
     is_given = canvas != MASK
     masked_columns = (~is_given).any(dim=0).nonzero().flatten().tolist()
+    yield canvas
     if not masked_columns:
         return
     first, stop = masked_columns[0], masked_columns[-1] + 1
@@ -803,14 +801,14 @@ def denoise(model, canvas, config, generators):
 
 
 def fill_masks(model, texts, config, seed=None, on_step=None):
-    """Fill the holes of several texts at once; each comes out as it would alone.
+    """Fill the holes of several texts at once; with holes of the same shape each comes out as it would alone.
 
     Args:
-        texts: sequences of ints, bytes 0..255 and MASK, of any lengths. They are aligned at their first MASK, so texts with
-            holes of the same shape share the same blocks.
+        texts: sequences of ints, bytes 0..255 and MASK, of any lengths. They are aligned at their first MASK, so that
+            these share the same blocks.
         config: the fields of its section Sampling are used.
         seed: of the noise of the first text, that of text i is seed + i; default config.seed.
-        on_step: called with the canvas [N, L] int64 after each step; PAD stands around shorter texts.
+        on_step: called with the canvas [N, L] int64 before the first and after each step; PAD is around shorter texts.
 
     Returns:
         list of bytes, the given ones unchanged.
@@ -878,15 +876,15 @@ def evaluation_mode(model):
 
 
 class CanvasView:
-    """Shows each canvas in place of the one before: masks as dim dots, fresh bytes in bold green (plain where NO_COLOR is
-    set); where the output is no terminal, nothing."""
+    """Shows each canvas in place of the one before: masks as dim dots, fresh bytes in bold green (plain where
+    NO_COLOR is set); where the output is no terminal, nothing."""
 
     before = None
 
     def __call__(self, canvas):
         if not sys.stdout.isatty():
             return
-        was_masked = canvas == MASK if self.before is None else self.before == MASK
+        was_masked = (canvas if self.before is None else self.before) == MASK
         self.before = canvas.clone()
         dim, fresh, plain = ("", "", "") if "NO_COLOR" in os.environ else ("\x1b[2m", "\x1b[1;32m", "\x1b[0m")
         screen = "\x1b[H\x1b[2J"
@@ -901,15 +899,18 @@ class CanvasView:
 
 def printable(text):
     """Bytes as a terminal may show them: what is neither text nor a new line becomes U+FFFD, and cannot control it."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.decode(errors="replace"))
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.decode(errors="replace"))
+
+
+def show_masks(tokens):
+    return "".join("·" if token == MASK else printable(bytes([token])) for token in tokens if token != PAD)
 
 
 def commit_order(canvases):
-    """The picture of a sample's making, uint8 [steps, L], a row for each canvas [L]: masks black, bytes grey, and white in
+    """The picture of a sample's making from its canvases [L], uint8 [steps, L]: masks black, bytes grey, and white in
     the step that committed them."""
     is_known = torch.stack(canvases) != MASK
-    is_fresh = is_known & ~torch.cat([is_known[:1], is_known[:-1]])
-    return (96 * is_known + 159 * is_fresh).to(torch.uint8)
+    return (96 * is_known[1:] + 159 * (is_known[1:] & ~is_known[:-1])).to(torch.uint8)
 
 
 # === Evaluation =======================================================================================================
@@ -917,8 +918,9 @@ def commit_order(canvases):
 
 @torch.no_grad()
 def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
-    """Mask each chunk of a text once, and predict it; float64 [chunks, 4]: its length, the share of it that was masked, the
-    mean cross-entropy of the masked bytes in bits, and the share of them that the most probable byte hits.
+    """Mask each chunk of a text once, and predict it; float64 [chunks, 4]: its length, the share of it that was
+    masked, the mean cross-entropy of the masked bytes in bits, and the share of them that the most probable byte
+    hits.
 
     The noise is a function of `seed` alone, so that two calls agree and two models are compared on the same masks.
     All processes of a distributed run take part and get the same result.
@@ -965,20 +967,20 @@ def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
 
 
 def by_mask_ratio(measured, bins=10):
-    """What `measure_chunks` returned by the share of masks: for each of ten bins (upper end in percent, mean bits per
-    byte, share of hits); nan where no chunk fell."""
+    """What `measure_chunks` returned, sorted by the share of masks k / L: a list of ten (upper end of the bin in
+    percent, bits per masked byte of its chunks, their shares of hits)."""
     number = (measured[:, 1] * bins - 1e-5).ceil().clamp(1, bins)  # k / L of exactly 10 % is of the first bin
-    means = [measured[number == i + 1, 2:].mean(dim=0).tolist() for i in range(bins)]
-    return [(100 * (i + 1) // bins, *mean) for i, mean in enumerate(means)]
+    return [(100 * i // bins, *measured[number == i, 2:].T) for i in range(1, bins + 1)]
 
 
 @torch.no_grad()
-def exact_left_to_right(model, x0, batch_size=64):
-    """Bits of each byte of x0 [L] by the chain rule: every byte is predicted with those before it in view, itself and those
-    after it masked. Their sum is the exact -log2 p(x0) of decoding from left to right, as an autoregressive model's."""
+def exact_left_to_right(model, x0, start=0, batch_size=64):
+    """Bits of each byte of x0 [L] from `start` on, by the chain rule: a byte is predicted with those before it in view,
+    itself and those after it masked. Their sum is the exact -log2 p(x0[start:] | x0[:start]) of decoding from left to
+    right, as an autoregressive model has it."""
     positions, bits = torch.arange(len(x0), device=x0.device), []
     with evaluation_mode(model):
-        for rows in positions.split(batch_size):
+        for rows in positions[start:].split(batch_size):
             xt = x0.repeat(len(rows), 1).masked_fill(positions >= rows[:, None], MASK)
             logits = model.output(model.hidden(xt)[torch.arange(len(rows)), rows]).float()
             bits.append(F.cross_entropy(logits, x0[rows], reduction="none").double() * BITS_PER_NAT)
@@ -987,9 +989,9 @@ def exact_left_to_right(model, x0, batch_size=64):
 
 @torch.no_grad()
 def exact_most_confident_first(model, x0):
-    """Bits per byte of each row of x0 [B, L] by the chain rule in another order: next comes the byte whose prediction is the
-    surest. The order follows from the bytes seen so far alone, which makes the likelihood exact (DUEL, arXiv 2603.01367).
-    """
+    """Bits per byte of each row of x0 [B, L] by the chain rule in another order: next comes the byte whose prediction
+    is the surest. The order follows from the bytes seen so far alone, which makes the likelihood exact (DUEL, arXiv
+    2603.01367)."""
     rows, xt = torch.arange(len(x0), device=x0.device), torch.full_like(x0, MASK)
     bits = torch.zeros(len(x0), dtype=torch.double, device=x0.device)
     with evaluation_mode(model):
@@ -1004,7 +1006,7 @@ def exact_most_confident_first(model, x0):
 
 def text_statistics(samples, training_text):
     """What samples (list of bytes) look like beside the text the model learned from: {figure: (value, unit, about)}."""
-    known = set(re.findall(rb"\w+", training_text))
+    known = {match[0] for match in re.finditer(rb"\w+", training_text)}
     words = [re.findall(rb"\w+", sample)[1:-1] for sample in samples]  # those at the ends may be cut
     trigrams = [trigram for sample in words for trigram in zip(sample, sample[1:], sample[2:])]
     flat = list(itertools.chain(*words))
@@ -1023,52 +1025,64 @@ def text_statistics(samples, training_text):
     }
 
 
+def figure(name, kind, values, unit, about, lengths=None):
+    """A row of `evaluate`: the mean of `values` and its standard error, None where there is none."""
+    values = torch.as_tensor(values, dtype=torch.double).cpu().reshape(-1)
+    numbers = mean_over_bytes(values, torch.ones_like(values) if lengths is None else lengths)
+    mean, error = (None if math.isnan(number) else number for number in numbers)
+    return {"figure": name, "kind": kind, "value": mean, "standard_error": error, "unit": unit, "about": about}
+
+
 def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
-    """What `python main.py evaluate` tells, a function of the seed: a list of dicts with figure, kind (bound, exact or
-    other: they are never compared), value, standard_error (None where there is none), unit and about."""
-    device, L = next(model.parameters()).device, config.max_length
-    figures = []
+    """All that `python main.py evaluate` tells, deterministic for a seed.
 
-    def note(figure, kind, values, unit, about):  # values: one for each chunk, or (mean, standard error)
-        if isinstance(values, torch.Tensor):
-            values = mean_over_bytes(values.double().cpu(), torch.ones(len(values)))
-        mean, error = (None if math.isnan(v) else v for v in values)
-        row = {"figure": figure, "kind": kind, "value": mean, "standard_error": error, "unit": unit, "about": about}
-        figures.append(row)
-
-    measured = measure_chunks(model, dataset, seed=seed)
-    note("nelbo", "bound", mean_over_bytes(measured[:, 2], measured[:, 0]), "bits/byte", "whole text, one mask a chunk")
-    for percent, bits, hits in by_mask_ratio(measured):
-        note(f"masked to {percent} %", "bound", (bits, math.nan), "bits/byte", "part of it with so many masks")
-        note(f"hits to {percent} %", "other", (hits, math.nan), "share", "masked bytes that are the most probable byte")
-
-    whole = len(dataset.bytes) // L  # chunks without PAD
+    Returns:
+        list of dicts with figure, kind ("bound", "exact" or "other", which are never compared), value, standard_error,
+        unit and about.
+    """
+    whole = len(dataset.bytes) // config.max_length  # chunks without PAD
     chosen = min(num_chunks, whole)
-    x0 = torch.stack([dataset[i * whole // chosen] for i in range(chosen)]).to(device)
-    exact = torch.stack([exact_left_to_right(model, x) for x in x0])  # [chunks, L]
-    note("left to right", "exact", exact.mean(dim=1), "bits/byte", f"{len(x0)} chunks; as of autoregressive models")
-    note("surest first", "exact", exact_most_confident_first(model, x0), "bits/byte", "the same in another order")
-    half = L // 2
-    others = torch.cat([x0.roll(1, dims=0)[:, :half], x0[:, half:]], dim=1)
-    after_others = torch.stack([exact_left_to_right(model, x) for x in others])
-    note("continuation", "exact", exact[:, half:].mean(dim=1), "bits/byte", "second half of a chunk, given the first")
-    note("its prompt swapped", "exact", after_others[:, half:].mean(dim=1), "bits/byte", "after that of another chunk")
-
-    hole = min(20, L // 2)
-    start = (L - hole) // 2
-    texts = [[*x[:start], *[MASK] * hole, *x[start + hole :]] for x in x0.tolist()]
+    x0 = torch.stack([dataset[i * whole // chosen] for i in range(chosen)]).to(next(model.parameters()).device)
+    length, hole = config.max_length, min(20, config.max_length // 2)
+    rows = likelihood_figures(model, measure_chunks(model, dataset, seed=seed), x0)
     for name, temperature, top_p in (("greedy", 0.0, 1.0), ("drawn", config.temperature or 1.0, config.top_p)):
         settings = dataclasses.replace(config, temperature=temperature, top_p=top_p)
-        filled = torch.tensor([list(text) for text in fill_masks(model, texts, settings, seed)], device=device)
-        hits = (filled == x0)[:, start : start + hole].double().mean(dim=1)
-        note(f"infilling, {name}", "other", hits, "share", f"restored bytes of {hole}-byte holes in {L} bytes")
+        about = f"restored bytes of {hole}-byte holes in {length} bytes"
+        rows.append((f"infilling, {name}", "other", infilling_hits(model, x0, hole, settings, seed), "share", about))
+    settings = dataclasses.replace(config, guidance_scale=0.0)  # without a prompt there is nothing to be guided by
+    samples = fill_masks(model, [[MASK] * length] * num_chunks, settings, seed)
+    exact = [exact_left_to_right(model, torch.tensor([*x], device=x0.device)).mean() for x in samples]
+    rows.append(("of its samples", "exact", exact, "bits/byte", f"{num_chunks} free samples of {length} bytes"))
+    rows += [(name, "other", *row) for name, row in text_statistics(samples, training_text).items()]
+    return [figure(*row) for row in rows]
 
-    samples = fill_masks(model, [[MASK] * L] * num_chunks, dataclasses.replace(config, guidance_scale=0.0), seed)
-    exact = torch.stack([exact_left_to_right(model, torch.tensor([*x], device=device)).mean() for x in samples])
-    note("of its samples", "exact", exact, "bits/byte", f"left to right, {num_chunks} free samples of {L} bytes")
-    for figure, (value, unit, about) in text_statistics(samples, training_text).items():
-        note(figure, "other", (value, math.nan), unit, about)
-    return figures
+
+def likelihood_figures(model, measured, x0):
+    """Bounds from what `measure_chunks` returned, and exact likelihoods of the chunks x0 [B, L]."""
+    rows = [("nelbo", "bound", measured[:, 2], "bits/byte", "whole text, one mask a chunk", measured[:, 0])]
+    for end, bits, hits in by_mask_ratio(measured):
+        rows.append((f"masked to {end} %", "bound", bits, "bits/byte", "chunks with so many masks"))
+        rows.append((f"hits to {end} %", "other", hits, "share", "masked bytes that the most probable byte hits"))
+    half = x0.shape[1] // 2
+    swapped = torch.cat([x0.roll(1, dims=0)[:, :half], x0[:, half:]], dim=1)
+    exact = torch.stack([exact_left_to_right(model, x) for x in x0])  # [B, L]
+    surest_first = exact_most_confident_first(model, x0)
+    after_others = torch.stack([exact_left_to_right(model, x, start=half) for x in swapped]).mean(dim=1)
+    return [
+        *rows,
+        ("left to right", "exact", exact.mean(dim=1), "bits/byte", f"{len(x0)} chunks; as of autoregressive models"),
+        ("surest first", "exact", surest_first, "bits/byte", "the same chunks in another order"),
+        ("continuation", "exact", exact[:, half:].mean(dim=1), "bits/byte", "second half of a chunk, given the first"),
+        ("its prompt swapped", "exact", after_others, "bits/byte", "second half, given the first of another chunk"),
+    ]
+
+
+def infilling_hits(model, x0, hole, config, seed):
+    """Share of the bytes in a hole amid each chunk of x0 [B, L] that come out as they were: [B]."""
+    start = (x0.shape[1] - hole) // 2
+    texts = [[*x[:start], *[MASK] * hole, *x[start + hole :]] for x in x0.tolist()]
+    filled = torch.tensor([list(text) for text in fill_masks(model, texts, config, seed)], device=x0.device)
+    return (filled == x0)[:, start : start + hole].double().mean(dim=1)
 
 
 def as_table(figures):
@@ -1082,8 +1096,8 @@ def as_table(figures):
 
 
 def continue_validation_prompts(model, dataset, config, on_step=None):
-    """Cut prompts at evenly spaced places of the validation text and continue them; returns a list of (prompt, response,
-    true continuation), as bytes: five eighths of max_length prompt, three eighths response."""
+    """Cut prompts at evenly spaced places of the validation text and continue them; returns a list of (prompt,
+    response, true continuation), as bytes: five eighths of max_length prompt, three eighths response."""
     prompt_length = config.max_length * 5 // 8
     chunks = [len(dataset) * number // config.num_samples for number in range(config.num_samples)]
     x0 = [bytes(b for b in dataset[chunk].tolist() if b != PAD) for chunk in chunks]
@@ -1100,29 +1114,25 @@ class Muon(torch.optim.Optimizer):
 
     torch.optim.Muon is the same for one matrix after the other, in bfloat16. A CPU with bf16 arithmetic is as fast with
     either (20 ms here, 22 ms there for the default size); on one without, bf16 products are a hundred times slower than
-    float32. So a CPU stays in float32 here, and matrices of one shape are stacked.
+    float32. So a CPU stays in float32 here, and matrices of one shape are stacked, their momentum in the first's state.
     """
 
     def __init__(self, matrices, lr, momentum=0.9):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+        by_shape = {}
+        for matrix in matrices:
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+        super().__init__([{"params": group} for group in by_shape.values()], {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
-            for matrix in group["params"]:
-                by_shape.setdefault(matrix.shape, []).append(matrix)
-            for shape, matrices in by_shape.items():
-                gradients = [matrix.grad for matrix in matrices]
-                for matrix in matrices:
-                    if not self.state[matrix]:
-                        self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-                averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-                torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-                updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's
-                scale = max(1, shape[0] / shape[1]) ** 0.5
-                updates = orthogonalize(torch.stack(updates)).to(matrices[0].dtype)
-                torch._foreach_add_(matrices, list(updates.unbind()), alpha=-group["lr"] * scale)
+            matrices, momentum = group["params"], group["momentum"]
+            gradients = torch.stack([matrix.grad for matrix in matrices])  # [N, rows, columns]
+            average = self.state[matrices[0]].setdefault("momentum_buffer", torch.zeros_like(gradients))
+            average.lerp_(gradients, 1 - momentum)
+            update = orthogonalize(gradients.lerp(average, momentum)).to(gradients.dtype)  # Nesterov's momentum
+            scale = max(1, gradients.shape[1] / gradients.shape[2]) ** 0.5
+            torch._foreach_add_(matrices, list(update), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrices):
@@ -1154,20 +1164,20 @@ def build_optimizers(model, config):
 
 
 def learning_rate_scale(config, step, minutes):
-    """Factor of the peak learning rate: linear warm-up, then linear decay to zero at max_steps or max_minutes, whichever
-    comes first. A function of the step and the clock alone, hence nothing to save or to restore."""
+    """Factor of the peak learning rate: linear warm-up, then linear decay to zero at max_steps or max_minutes,
+    whichever comes first. A function of the step and the clock alone, hence nothing to save or to restore."""
     progress = max(step / config.max_steps, minutes / config.max_minutes if config.max_minutes else 0.0)
     return min(1.0, (step + 1) / (config.warmup_steps + 1)) * max(0.0, 1.0 - progress)
 
 
 # === Checkpoints ======================================================================================================
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 class TrainingState:
-    """Everything that changes while training, hence what a checkpoint holds. The state of random generators is not among
-    it: each step seeds them anew from its number (see `derive_seed`)."""
+    """Everything that changes while training, hence what a checkpoint holds. The state of random generators is not
+    among it: each step seeds them anew from its number (see `derive_seed`)."""
 
     def __init__(self, config):
         self.config, self.step, self.minutes, self.best_bound = config, 0, 0.0, math.inf
@@ -1283,12 +1293,45 @@ class SilentWriter:
         return lambda *args, **kwargs: None
 
 
-def open_writer(run_dir, first_step):
+def open_writer(folder, first_step=None):
+    """TensorBoard's writer. What a run that is resumed at first_step wrote after it is no longer shown."""
     if rank() != 0:
         return SilentWriter()
     from torch.utils.tensorboard import SummaryWriter  # imported late: it takes seconds
 
-    return SummaryWriter(run_dir, purge_step=first_step + 1)
+    return SummaryWriter(folder, purge_step=None if first_step is None else first_step + 1)
+
+
+CUSTOM_SCALARS = {
+    "bound": {
+        "training and validation text": ["Multiline", ["train/bits_per_byte", "val/.*bits_per_byte"]],
+        "by share of masks": ["Multiline", ["bits_by_mask_ratio/.*"]],
+        "hits by share of masks": ["Multiline", ["hits_by_mask_ratio/.*"]],
+    },
+    "norms by group": {
+        "of the gradients": ["Multiline", ["gradient_norm/.*"]],
+        "of the weights": ["Multiline", ["weight_norm/.*"]],
+    },
+}
+
+
+def describe_run(writer, config, step):
+    """What TensorBoard shows of a run as a whole: CONFIG as text and for HPARAMS, and which curves share a chart."""
+    from torch.utils.tensorboard.summary import hparams
+
+    settings = dataclasses.asdict(config)
+    writer.add_text("config", as_code("", json.dumps(settings, indent=2)), step)
+    writer.add_custom_scalars(CUSTOM_SCALARS)
+    for summary in hparams(settings, dict.fromkeys(("val/final_bits_per_byte", "val/best_bits_per_byte"))):
+        writer.file_writer.add_summary(summary)  # writer.add_hparams would make a second run of each run
+
+
+def bar_chart(values):
+    """Bars of 0 to 8 bits with a line at each bit, uint8 [128, 24 * number of values]; none for nan."""
+    height = torch.arange(128, 0, -1)[:, None]
+    bars = torch.where(height <= 16 * torch.tensor(values), 64, 255)  # [128, values]
+    bars[::16] = bars[::16] * 3 // 4
+    return bars.repeat_interleave(24, dim=1).to(torch.uint8)
 
 
 def make_run_dir(config):
@@ -1302,12 +1345,6 @@ def make_run_dir(config):
             continue
     (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     return run_dir
-
-
-def format_seconds(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 # === Many processes: each does the same on its share of the batch (torchrun sets RANK, WORLD_SIZE and LOCAL_RANK) =====
@@ -1357,50 +1394,47 @@ def autocast(config):
 
 
 def sequence_length(config, step):
-    """max_length or, in a share random_length_prob of the steps, a half, a quarter or an eighth of it: the batch is then
-    cut into so many times more sequences (what a length does not divide is left out)."""
+    """max_length or, in a share random_length_prob of the steps, a half, a quarter or an eighth of it: the batch is
+    then cut into so many times more sequences (what a length does not divide is left out)."""
     rng = np.random.default_rng([config.seed, step])
     is_short = rng.random() < config.random_length_prob
     return max(1, config.max_length >> int(rng.integers(1, 4))) if is_short else config.max_length
 
 
+def trial_step(forward, config):
+    """Seconds that forward and backward take on a made-up batch."""
+    started = time.monotonic()
+    x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
+    with autocast(config):
+        masked_diffusion_loss(forward, x0).backward()
+    float(next(forward.parameters()).grad.sum())  # waits for the GPU
+    forward.zero_grad(set_to_none=True)
+    return time.monotonic() - started
+
+
 def compile_model(model, config):
-    """torch.compile, tried on one batch; where that fails (no C++ compiler, Windows), one warning and the plain model."""
+    """torch.compile, tried on one batch; where it fails (no C++ compiler, Windows), one warning and the plain model."""
     if not config.compile:
         return model
     compiled = torch.compile(model, dynamic=False)
     try:
         say("compiling the model, which takes up to a minute ...")
-        x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
-        with autocast(config):
-            masked_diffusion_loss(compiled, x0).backward()
+        trial_step(compiled, config)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001  whatever went wrong inside the compiler, training works without it
         say(f"warning: torch.compile does not work here ({type(error).__name__}); going on without it, which is slower")
-        compiled = model
-    model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
+        return model
     return compiled
-
-
-def seconds_per_step(model, config):
-    """Time of one step, for the announcement: that of forward and backward on a made-up batch, and a quarter of it for
-    optimizer and validations, which is their share at the default CPU size."""
-    x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
-    for _ in range(2):  # the first one warms up
-        started = time.monotonic()
-        with autocast(config):
-            masked_diffusion_loss(model, x0).backward()
-        float(next(model.parameters()).grad.sum())  # waits for the GPU
-    model.zero_grad(set_to_none=True)
-    return 1.25 * (time.monotonic() - started) * config.gradient_accumulation_steps
 
 
 def bytes_per_step(config):
     return config.batch_size * config.max_length * config.gradient_accumulation_steps * world_size()
 
 
-def announce(config, state, train_set, validation_set, run_dir, seconds):
+def announce(config, state, train_set, validation_set, run_dir, trial_seconds):
+    seconds = 1.25 * trial_seconds * config.gradient_accumulation_steps  # with optimizer and validations, on a CPU
     steps = config.max_steps
     if config.max_minutes:
         steps = min(steps, state.step + max(0, int(60 * (config.max_minutes - state.minutes) / seconds)))
@@ -1413,48 +1447,52 @@ def announce(config, state, train_set, validation_set, run_dir, seconds):
     say(f"training    {train_set.path}, {len(train_set.bytes):,} bytes")
     say(f"validation  {validation_set.path}, {len(validation_set.bytes):,} bytes")
     say(f"steps       {state.step:,} to {steps:,}, {bytes_per_step(config):,} bytes each, {epochs:.1f} epochs in all")
-    say(f"duration    about {format_seconds(seconds * (steps - state.step))}")
+    say(f"duration    about {tqdm.format_interval(seconds * (steps - state.step))}")
     if rank() == 0:
         say(f"logs        {run_dir.resolve()}")
         say(f"watch       tensorboard --logdir={run_dir.parent.resolve()}")
 
 
-def validate(state, train_set, validation_set, writer, run_dir):
+def validate(state, train_set, validation_set, log):
     """Bounds and samples of the averaged weights, to console, TensorBoard and samples.txt; keeps the best checkpoint."""
-    config, model = state.config, state.ema
+    started = time.monotonic()
+    config, model, step, writer = state.config, state.ema, state.step, log.writer
     train_bound, _ = estimate_nelbo(model, train_set.in_file_order(), config.validation_bytes)
-    bound, error = estimate_nelbo(model, validation_set, config.validation_bytes)
+    measured = measure_chunks(model, validation_set, config.validation_bytes)
+    bound, error = mean_over_bytes(measured[:, 2], measured[:, 0])
     is_best = bound < state.best_bound
     state.best_bound = bound if is_best else state.best_bound
     if rank() != 0:
         return
-    writer.add_scalar("train/bits_per_byte", train_bound, state.step)
-    writer.add_scalar("val/bits_per_byte", bound, state.step)
-    say(f"step {state.step:,}: bound {bound:.3f} ± {error:.3f} bits per byte, on training text {train_bound:.3f}")
-    report = f"## step {state.step:,}: bound {bound:.3f} bits per byte\n\n"
+    say(f"step {step:,}: bound {bound:.3f} ± {error:.3f} bits per byte, on training text {train_bound:.3f}")
+    writer.add_scalar("train/bits_per_byte", train_bound, step)
+    writer.add_scalar("val/bits_per_byte", bound, step)
+    writer.add_scalar("val/best_bits_per_byte", state.best_bound, step)
+    log.by_bytes.add_scalar("by_bytes/bits_per_byte", bound, step * bytes_per_step(config))
+    bins = [(end, bits.mean().item(), hits.mean().item()) for end, bits, hits in by_mask_ratio(measured)]
+    for end, bits, hits in bins:
+        writer.add_scalar(f"bits_by_mask_ratio/to_{end:03d}_percent", bits, step)
+        writer.add_scalar(f"hits_by_mask_ratio/to_{end:03d}_percent", hits, step)
+    writer.add_image("bits_by_mask_ratio", bar_chart([bits for _, bits, _ in bins]), step, dataformats="HW")
     canvases = []  # of the first sample
-    samples = continue_validation_prompts(
-        model, validation_set, config, lambda canvas: canvases.append(canvas[0].clone())
-    )
-    for prompt, response, truth in samples:
-        prompt, response, truth = (text.decode(errors="replace") for text in (prompt, response, truth))
-        say(f"    prompt  {prompt!r}\n    model   {response!r}\n    truth   {truth!r}")
-        for title, text in (("prompt", prompt), ("model", response), ("truth", truth)):
-            report += as_code(title, text)
+    samples = continue_validation_prompts(model, validation_set, config, lambda x: canvases.append(x[0].clone()))
+    report = f"## step {step:,}: bound {bound:.3f} bits per byte\n\n"
+    for texts in samples:
+        for title, text in zip(("prompt", "model", "truth"), texts):
+            say(f"    {title:<6}  {text.decode(errors='replace')!r}")
+            report += as_code(title, text.decode(errors="replace"))
     if canvases:
-        for quarter in range(4):
-            tokens = canvases[len(canvases) * quarter // 4].tolist()
-            text = "".join("·" if token == MASK else printable(bytes([token])) for token in tokens if token != PAD)
-            report += as_code(
-                f"the first sample after {len(canvases) * quarter // 4 + 1} of {len(canvases)} steps", text
-            )
+        for number in range(1, len(canvases), math.ceil(len(canvases) / 4)):
+            title = f"the first sample after {number} of {len(canvases) - 1} steps"
+            report += as_code(title, show_masks(canvases[number].tolist()))
         order = commit_order(canvases).repeat_interleave(4, 0).repeat_interleave(4, 1)
-        writer.add_image("commit_order", order, state.step, dataformats="HW")
-    writer.add_text("samples", report, state.step)
-    with open(run_dir / "samples.txt", "a", encoding="utf-8") as file:
+        writer.add_image("commit_order", order, step, dataformats="HW")
+    writer.add_text("samples", report, step)
+    with open(log.run_dir / "samples.txt", "a", encoding="utf-8") as file:
         file.write(report)
     if is_best:
-        save_checkpoint(run_dir, "best.pt", state)
+        save_checkpoint(log.run_dir, "best.pt", state)
+    log.validating += time.monotonic() - started
 
 
 def as_code(title, text):
@@ -1509,43 +1547,63 @@ def backward_pass(forward, scaler, batches, config, step):
     return total
 
 
+@torch.no_grad()
 def optimizer_step(state, scale):
-    """Clip, update and average the weights. Returns the global gradient norm before clipping, a scalar on the device."""
+    """Clip, update and average the weights. Returns the gradient norm before clipping of each group of parameters, and
+    of all, as scalars on the device."""
     config, scaler = state.config, state.scaler
     for optimizer, peak in zip(state.optimizers, (config.learning_rate, config.muon_learning_rate)):
         for group in optimizer.param_groups:
             group["lr"] = scale * peak
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip_val)
-    if not scaler.is_enabled() or norm.isfinite():  # in fp16 an overflow skips the step of both, and lowers the scale
+    norms = norms_by_group(state.model, lambda parameter: parameter.grad)
+    nn.utils.clip_grads_with_norm_(state.model.parameters(), config.gradient_clip_val, norms["all"])
+    if (
+        not scaler.is_enabled() or norms["all"].isfinite()
+    ):  # in fp16 an overflow skips the step of both, and lowers the scale
         for optimizer in state.optimizers:
             scaler.step(optimizer)
     scaler.update()
     state.model.zero_grad(set_to_none=True)
     with record_function("average of the weights"):  # PyTorch's AveragedModel would wait for the GPU at each step
-        update = get_ema_multi_avg_fn(min(config.ema_decay, (1 + state.step) / (10 + state.step)))  # shorter at first
-        update(list(state.ema.parameters()), list(state.model.parameters()), None)
-    return norm
+        decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # a shorter memory at first
+        torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
+    return norms
+
+
+def norms_by_group(model, tensor_of):
+    """The Euclidean norm of tensor_of(parameter) for embedding, each layer, head and all together."""
+    groups = {"embedding": [model.tok_embeddings], "head": [model.norm, model.output]}
+    groups |= {f"layer_{number}": [layer] for number, layer in enumerate(model.layers)}
+    norms = {
+        name: nn.utils.get_total_norm([tensor_of(p) for module in modules for p in module.parameters()])
+        for name, modules in groups.items()
+    }
+    return norms | {"all": torch.stack(list(norms.values())).norm()}
 
 
 class StepLog:
     """Collects losses on the device, without waiting for them; every `log_every` steps their mean goes to TensorBoard and
     to a tqdm bar or, where the output is no terminal, to a plain line every ten seconds."""
 
-    def __init__(self, config, writer, first_step):
-        self.config, self.writer, self.next_line = config, writer, 0.0
+    def __init__(self, state, run_dir):
+        self.state, self.config, self.run_dir, self.next_line, self.validating = state, state.config, run_dir, 0.0, 0.0
+        self.writer = open_writer(run_dir, state.step)
+        self.by_bytes = open_writer(run_dir and run_dir / "by_bytes", state.step * bytes_per_step(state.config))
+        if rank() == 0:
+            describe_run(self.writer, state.config, state.step)
         self.bar = tqdm(
-            total=config.max_steps,
-            initial=first_step,
+            total=self.config.max_steps,
+            initial=state.step,
             file=sys.stdout,
             disable=rank() != 0 or not sys.stdout.isatty(),
             bar_format="{desc} |{bar}|",  # a narrow terminal cuts the bar, not the text
         )
-        self.restart(first_step)
+        self.restart()
 
-    def restart(self, step):
+    def restart(self):
         """Begin a new interval: time spent before it, as for a validation, is not the training's."""
-        self.started, self.first_step, self.losses = time.monotonic(), step, []
+        self.started, self.first_step, self.losses = time.monotonic(), self.state.step, []
 
     def __enter__(self):
         return self
@@ -1553,12 +1611,13 @@ class StepLog:
     def __exit__(self, *_):
         self.bar.close()
         self.writer.close()
+        self.by_bytes.close()
 
-    def add(self, step, loss, norm, scale, minutes):
-        """After `step` steps: note the loss, and write where something is due."""
+    def add(self, loss, norms, scale):
+        """After each step: note its loss, and write where something is due."""
         self.losses.append(loss)
-        self.last = step, norm, scale, minutes
-        config = self.config
+        self.norms, self.scale = norms, scale
+        config, step = self.config, self.state.step
         if not all(step % every for every in (config.log_every, config.validate_every, config.checkpoint_every)):
             self.write()
 
@@ -1566,35 +1625,42 @@ class StepLog:
         """Write the interval, if any; always called before saving. Raises TrainingError if it was not all finite."""
         if not self.losses:
             return
-        config, (step, norm, scale, minutes) = self.config, self.last
+        config, step, writer = self.config, self.state.step, self.writer
         mean = torch.stack(self.losses).mean().item()  # waits for the device
         loss = over_processes("sum", [mean]).item() / world_size()
+        norms = {name: norm.item() for name, norm in self.norms.items()}
         is_skipped = config.amp_dtype == "fp16"  # by the GradScaler, an overflow is
-        if not math.isfinite(loss) or not (math.isfinite(norm) or is_skipped):
+        if not math.isfinite(loss) or not (math.isfinite(norms["all"]) or is_skipped):
             raise TrainingError(
-                f"loss {loss}, gradient norm {norm.item()} between steps {self.first_step} and {step}, not saved; "
+                f"loss {loss}, gradient norm {norms['all']} between steps {self.first_step} and {step}, not saved; "
                 "lower --learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
             )
         seconds, steps = time.monotonic() - self.started, step - self.first_step
-        bytes_per_second = steps * bytes_per_step(config) / seconds
+        bytes_seen, bytes_per_second = step * bytes_per_step(config), steps * bytes_per_step(config) / seconds
         left = (config.max_steps - step) * seconds / steps
-        left = min(left, max(0, 60 * (config.max_minutes - minutes))) if config.max_minutes else left
-        self.writer.add_scalar("train/loss", loss, step)
-        self.writer.add_scalar("train/learning_rate", scale * config.learning_rate, step)
-        self.writer.add_scalar("train/gradient_norm", norm.item(), step)
-        self.writer.add_scalar("train/bytes_per_second", bytes_per_second, step)
-        text = f"step {step:,}/{config.max_steps:,}  loss {loss:.3f} nats/byte  lr {scale * config.learning_rate:.2e}  "
-        text += f"{bytes_per_second:,.0f} bytes/s  {format_seconds(left)} left"
+        left = min(left, max(0, 60 * (config.max_minutes - self.state.minutes))) if config.max_minutes else left
+        learning_rate = self.scale * config.learning_rate
+        writer.add_scalar("train/loss", loss, step)
+        writer.add_scalar("train/learning_rate", learning_rate, step)
+        writer.add_scalar("train/bytes_per_second", bytes_per_second, step)
+        writer.add_scalar("train/gradient_norm", norms.pop("all"), step)
+        self.by_bytes.add_scalar("by_bytes/loss", loss, bytes_seen)
+        for kind, group in (("gradient_norm", norms), ("weight_norm", norms_by_group(self.state.model, torch.detach))):
+            for name, norm in group.items():
+                writer.add_scalar(f"{kind}/{name}", norm, step)
+        text = f"step {step:,}/{config.max_steps:,}  loss {loss:.3f} nats/byte  lr {learning_rate:.2e}  "
+        text += f"{bytes_per_second:,.0f} bytes/s  {tqdm.format_interval(left)} left"
         self.bar.update(step - self.bar.n)
         self.bar.set_description_str(text)
         if self.bar.disable and time.monotonic() >= self.next_line:
             say(text)
             self.next_line = time.monotonic() + 10
-        self.restart(step)
+        self.restart()
 
 
 def train(config, run_dir=None):
-    """Train as `config` says, from the start or from run_dir/latest.pt. Returns 0, or 128 + the signal that ended it."""
+    """Train as `config` says, from the start or from run_dir/latest.pt. Returns 0, or 128 + the signal that ended
+    it."""
     started = time.monotonic()
     if not run_dir:
         write_starter_corpus(config)
@@ -1606,28 +1672,27 @@ def train(config, run_dir=None):
     elif rank() == 0:
         run_dir = make_run_dir(config)
     forward = compile_model(state.model, config)
-    announce(config, state, train_set, validation_set, run_dir, seconds_per_step(forward, config))
+    trial_step(forward, config)  # the first one warms up
+    announce(config, state, train_set, validation_set, run_dir, trial_step(forward, config))
     if dist.is_initialized():
         forward = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
     batches = iter(data_loader(train_set, config, state.step))
-    writer = open_writer(run_dir, state.step)
-    writer.add_text("config", "```\n" + json.dumps(dataclasses.asdict(config), indent=2) + "\n```", state.step)
     signal_number = 0
-    with stop_signals() as received, StepLog(config, writer, state.step) as log:
+    eager = torch.compiler.set_stance("eager_on_recompile")  # seldom other shapes are not worth a compilation
+    with stop_signals() as received, eager, StepLog(state, run_dir) as log:
         while state.step < config.max_steps:
             minutes = (time.monotonic() - started) / 60
             state.minutes, signal_number = over_processes("max", [minutes, max(received, default=0)]).tolist()
             if signal_number or (config.max_minutes and state.minutes >= config.max_minutes):
                 break
             scale = learning_rate_scale(config, state.step, state.minutes)
-            with torch.compiler.set_stance("eager_on_recompile"):  # the seldom other shapes are not worth a compilation
-                loss = backward_pass(forward, state.scaler, batches, config, state.step)
-            norm = optimizer_step(state, scale)
+            loss = backward_pass(forward, state.scaler, batches, config, state.step)
+            norms = optimizer_step(state, scale)
             state.step += 1
-            log.add(state.step, loss, norm, scale, state.minutes)
+            log.add(loss, norms, scale)
             if state.step % config.validate_every == 0 and state.step < config.max_steps:
-                validate(state, train_set, validation_set, writer, run_dir)
-                log.restart(state.step)
+                validate(state, train_set, validation_set, log)
+                log.restart()
             if state.step % config.checkpoint_every == 0:
                 save_checkpoint(run_dir, "latest.pt", state)
         log.write()
@@ -1635,33 +1700,28 @@ def train(config, run_dir=None):
         if signal_number:
             say(f"stopped at step {state.step:,} and saved; go on with: python main.py --resume '{run_dir}'")
             return 128 + int(signal_number)
-        validate(state, train_set, validation_set, writer, run_dir)
+        validate(state, train_set, validation_set, log)
         save_checkpoint(run_dir, "latest.pt", state)  # once more: the best bound may have changed
-    bound, error = estimate_nelbo(state.ema, validation_set, FINAL_VALIDATION_BYTES)
+        bound, error = estimate_nelbo(state.ema, validation_set, FINAL_VALIDATION_BYTES)
+        log.writer.add_scalar("val/final_bits_per_byte", bound, state.step)
     evaluated = min(len(validation_set.bytes), FINAL_VALIDATION_BYTES)
-    say(f"done: {state.step:,} steps in {format_seconds(60 * state.minutes)}")
+    minutes, validating = tqdm.format_interval(60 * state.minutes), tqdm.format_interval(log.validating)
+    say(f"done: {state.step:,} steps in {minutes}; all validations took {validating}")
     say(f"final bound on {evaluated:,} bytes of validation text: {bound:.3f} ± {error:.3f} bits per byte")
-    say(f"try it: python main.py generate --checkpoint '{run_dir}' --watch")
-    return 0
+    say(f"try the best checkpoint: python main.py generate --checkpoint '{run_dir}' --watch")
+    return 128 + received[0] if received else 0
 
 
 # === Profile ==========================================================================================================
 
 
 def seconds_of(function, config):
-    on_cuda = config.device.startswith("cuda")
-    torch.cuda.synchronize(config.device) if on_cuda else None
+    wait = (lambda: None) if config.device == "cpu" else torch.accelerator.synchronize
+    wait()
     started = time.perf_counter()
     function()
-    torch.cuda.synchronize(config.device) if on_cuda else None
+    wait()
     return time.perf_counter() - started
-
-
-def matrix_product(config):
-    """(function, FLOP) of the ceiling: one large matrix product in the training precision, 8,192 square, on a CPU 1,024."""
-    size = 8192 if config.device.startswith("cuda") else 1024
-    a = torch.randn(size, size, device=config.device, dtype=AMP_DTYPES[config.amp_dtype])
-    return lambda: a @ a, 2 * size**3
 
 
 def flops_per_byte(model, config):
@@ -1672,7 +1732,8 @@ def flops_per_byte(model, config):
 
 
 def trace_parts(state, train_step, trace_file, steps=5):
-    """Milliseconds per step of each part of an eager step (a compiled one has no parts); writes the profiler's trace."""
+    """Milliseconds per step of each part of an eager step (a compiled one has no parts); writes the profiler's
+    trace."""
     label, model, layers = record_function, state.model, state.model.layers
     parts = {"embedding": [model.tok_embeddings], "head": [model.output]}
     parts |= {
@@ -1711,13 +1772,13 @@ def profile(config, steps=20):
         optimizer_step(state, 1e-3)
 
     forward = compile_model(state.model, config)
-    product, product_flops = matrix_product(config)
-    for _ in range(3):  # warm up
-        train_step(forward), product()
-    times = [(seconds_of(product, config), seconds_of(lambda: train_step(forward), config)) for _ in range(steps)]
-    product_seconds, step_seconds = np.median(times, axis=0)  # measured in turn: both met the same machine
+    size = 8192 if config.device.startswith("cuda") else 1024
+    matrix = torch.randn(size, size, device=config.device, dtype=AMP_DTYPES[config.amp_dtype])
+    tasks = (lambda: matrix @ matrix), (lambda: train_step(forward))  # the ceiling and the step, measured in turn
+    times = [[seconds_of(task, config) for task in tasks] for _ in range(3 + steps)]
+    product_seconds, step_seconds = np.median(times[3:], axis=0)  # the first three warm up
     step_bytes = bytes_per_step(config)
-    flops, ceiling = flops_per_byte(state.model, config) * step_bytes / step_seconds, product_flops / product_seconds
+    flops, ceiling = flops_per_byte(state.model, config) * step_bytes / step_seconds, 2 * size**3 / product_seconds
     kept = itertools.chain(state.model.parameters(), state.model.parameters(), state.ema.parameters())
     kept = itertools.chain(kept, *(values.values() for o in state.optimizers for values in o.state.values()))
     state_bytes = sum(tensor.nbytes for tensor in kept)
@@ -1728,7 +1789,7 @@ def profile(config, steps=20):
     print(f"compute  {flops / 1e9:,.1f} GFLOP/s, {share:.0%} of {ceiling / 1e9:,.1f} of a large matrix product")
     print(f"memory   {state_bytes / 2**20:,.1f} MiB of weights, their average, gradients and optimizer state")
     if config.device.startswith("cuda"):
-        del product  # the ceiling's matrices are not the training's
+        del matrix, tasks  # are not the training's
         torch.cuda.reset_peak_memory_stats()
         train_step(forward)
         print(f"peak     {torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB, activations included")
@@ -1862,13 +1923,15 @@ def evaluate_command(argv):
     require(arguments.chunks > 1, "chunks", arguments.chunks, "above 1")
     model, config, path, step = load_for_command(arguments)
     dataset = ByteLevelTextDataset(arguments.file, config.max_length) if arguments.file else open_validation_set(config)
-    training_text = ByteLevelTextDataset(config.train_data_file, 1).bytes[:MEMORIZED_BYTES].tobytes()
+    training_text = open_training_set(config).bytes[:MEMORIZED_BYTES].tobytes()
     figures = evaluate(model, config, dataset, training_text, arguments.chunks, getattr(arguments, "seed", 0))
     print(json.dumps(figures, indent=2) if arguments.json else as_table(figures))
-    writer = open_writer(path.parent if path.is_file() else path, step)
-    for row in figures:
-        if row["value"] is not None:
-            writer.add_scalar("evaluate/" + row["figure"].replace(" ", "_"), row["value"], step)
+    writer = open_writer(path.parent if path.is_file() else path)
+    known = [row for row in figures if row["value"] is not None]
+    for row in known:
+        writer.add_scalar("evaluate/" + row["figure"].replace(" ", "_"), row["value"], step)
+    curve = [row["value"] or math.nan for row in figures if row["figure"].startswith("masked to")]
+    writer.add_image("evaluate/bits_by_mask_ratio", bar_chart(curve), step, dataformats="HW")
     writer.add_text("evaluate", as_code(dataset.path, as_table(figures)), step)
     writer.close()
     print(f"({path}, step {step:,}, {dataset.path}, {len(dataset.bytes):,} bytes)", file=sys.stderr)
@@ -1887,7 +1950,8 @@ COMMANDS = {"generate": generate_command, "evaluate": evaluate_command, "profile
 def main(argv=None):
     """Run the command line `argv` (default: sys.argv). Returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    sys.stdout.reconfigure(errors="replace")  # a console that is not UTF-8 shows what it can
+    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a console that is not UTF-8 shows what it can
     command, rest = (COMMANDS[argv[0]], argv[1:]) if argv and argv[0] in COMMANDS else (train_command, argv)
     try:
         return command(rest)

@@ -98,3 +98,19 @@ def train_tiny(folder, *arguments):
     assert done.returncode == 0, done.stdout + done.stderr
     (run_dir,) = set((folder / "runs").glob("*")) - before
     return run_dir, done.stdout
+
+
+def read_events(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0})
+    return events.Reload()
+
+
+def read_scalars(run_dir):
+    """TensorBoard's scalars of a run: {tag: {step: value}}; each step of the training once, in order."""
+    events = read_events(run_dir)
+    scalars = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    for tag, values in scalars.items():
+        assert [e.step for e in events.Scalars(tag)] == sorted(values) or tag.startswith("evaluate/"), tag
+    return scalars

@@ -23,19 +23,22 @@ import main
 ROWS = """
 --remasking low_confidence --steps 1
 --remasking low_confidence --steps 1 --cache_refresh 0
---remasking low_confidence --steps 2
---remasking low_confidence --steps 4
+--remasking low_confidence --steps 2 --cache_refresh 0
+--remasking low_confidence --steps 4 --cache_refresh 0
 --remasking random --steps 1
---remasking random --steps 2
+--remasking random --steps 1 --cache_refresh 0
 --remasking random --steps 2 --cache_refresh 0
---remasking random --steps 2 --remask_share 0.02
---remasking random --steps 4
---remasking margin --steps 2
---remasking entropy --steps 2
+--remasking random --steps 2 --remask_share 0.02 --cache_refresh 0
+--remasking margin --steps 1 --cache_refresh 0
+--remasking margin --steps 2 --cache_refresh 0
+--remasking entropy --steps 1 --cache_refresh 0
+--remasking entropy --steps 2 --cache_refresh 0
 --remasking threshold --confidence_threshold 0.9
 --remasking threshold --confidence_threshold 0.9 --cache_refresh 0
---remasking threshold --confidence_threshold 0.6 --cache_refresh 0
+--remasking threshold --confidence_threshold 0.7 --cache_refresh 0
+--remasking threshold --confidence_threshold 0.5 --cache_refresh 0
 --remasking entropy_bound --entropy_bound 0.5 --cache_refresh 0
+--remasking entropy_bound --entropy_bound 1 --cache_refresh 0
 --remasking entropy_bound --entropy_bound 2 --cache_refresh 0
 """
 
@@ -109,8 +112,8 @@ def frontier():
     print("|---|---|---|---|---|---|---|---|")
     for row in [*results, "the true continuation"]:
         samples = results[row]["samples"] if row in results else truth
-        pieces = [torch.tensor(list(x)).split(config.max_length) for x in samples]  # as long as the model's context
-        bits = [main.exact_left_to_right(model, piece.to(config.device)) for x in pieces for piece in x]
+        pieces = [torch.tensor(list(x), device=config.device).split(128) for x in samples]
+        bits = [main.exact_left_to_right(model, piece) for x in pieces for piece in x]
         exact = torch.cat(bits).mean()
         measures = main.text_statistics(samples, training_text)
         speed = " | | "

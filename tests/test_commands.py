@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_FLAGS, run_main, train_tiny
+from conftest import ROOT, TINY, TINY_FLAGS, read_scalars, run_main, train_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import main
@@ -213,7 +213,13 @@ def test_evaluate_prints_the_same_table_for_the_same_seed_and_keeps_bound_and_ex
     assert values["nelbo"] == bound
     assert f"{values['left to right']:.4f}" == number.group()
     assert {"surest first", "infilling, greedy", "known words", "longest copy", "its prompt swapped"} <= values.keys()
-    other = run_main(folder, "evaluate", "--chunks", "3", "--file", "train.txt", "--json")
+    early = run_dir / "early.pt"
+    torch.save(main.read_checkpoint(run_dir / "latest.pt") | {"step": 2}, early)
+    other = run_main(folder, "evaluate", "--chunks", "3", "--file", "train.txt", "--json", "--checkpoint", str(early))
+    scalars = read_scalars(run_dir)
+    assert scalars["evaluate/nelbo"][5] == pytest.approx(bound)
+    assert 2 in scalars["evaluate/nelbo"]
+    assert 5 in scalars["val/bits_per_byte"]  # evaluating an early step hides nothing of what came later
     assert json.loads(other.stdout)[0]["value"] != bound
 
 

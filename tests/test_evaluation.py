@@ -84,10 +84,45 @@ def test_each_bin_of_the_mask_ratio_averages_its_own_chunks():
         [[16, 0.05, 1.0, 0.9], [16, 0.1, 3.0, 0.7], [16, 0.11, 5.0, 0.5], [16, 1.0, 7.0, 0.1]]
     ).double()
     rows = main.by_mask_ratio(measured)
-    assert rows[0] == pytest.approx((10, 2.0, 0.8))
-    assert rows[1] == pytest.approx((20, 5.0, 0.5))
-    assert rows[9] == pytest.approx((100, 7.0, 0.1))
-    assert math.isnan(rows[5][1])
+    assert [end for end, _, _ in rows] == list(range(10, 101, 10))
+    assert [bits.tolist() for _, bits, _ in rows] == [[1, 3], [5], [], [], [], [], [], [], [], [7]]
+    assert [hits.tolist() for _, _, hits in rows[:2]] == [pytest.approx([0.9, 0.7]), [0.5]]
+
+
+def test_a_figure_is_a_mean_with_its_standard_error_or_none():
+    row = main.figure("x", "other", [1.0, 2.0, 4.0, 5.0], "share", "")
+    assert row["value"] == 3
+    assert row["standard_error"] == pytest.approx(math.sqrt(10) / 4)
+    assert main.figure("x", "other", 3, "share", "")["standard_error"] is None
+    assert main.figure("x", "other", torch.zeros(0), "share", "")["value"] is None
+
+
+@torch.no_grad()
+def test_a_continuation_is_the_later_part_of_the_chain(model):
+    x0 = torch.randint(0, 256, (11,), generator=torch.Generator().manual_seed(0))
+    whole = main.exact_left_to_right(model, x0)
+    torch.testing.assert_close(main.exact_left_to_right(model, x0, start=4), whole[4:], rtol=1e-5, atol=1e-5)
+
+
+def test_infilling_counts_the_bytes_that_come_out_as_they_were(monkeypatch, config):
+    """A sampler that restores the first half of every hole, whatever stands around it."""
+    x0 = torch.randint(0, 256, (3, 16))
+
+    def half_right(model, texts, config, seed):
+        for text, truth in zip(texts, x0.tolist(), strict=True):
+            assert [i for i, token in enumerate(text) if token == main.MASK] == [4, 5, 6, 7, 8, 9, 10, 11]
+            assert all(token in (main.MASK, wanted) for token, wanted in zip(text, truth, strict=True))
+        return [bytes([*x[:8], *((b + 1) % 256 for b in x[8:12]), *x[12:]]) for x in x0.tolist()]
+
+    monkeypatch.setattr(main, "fill_masks", half_right)
+    assert main.infilling_hits(None, x0, 8, config, 0).tolist() == [0.5] * 3
+
+
+def test_bars_are_as_high_as_their_values():
+    image = main.bar_chart([8.0, 0.0, 4.0, math.nan])
+    assert image.shape == (128, 96)
+    dark = (image < 100).double().mean(dim=0)
+    assert dark.reshape(4, 24).mean(dim=1).tolist() == pytest.approx([1, 0, 0.5, 0])
 
 
 @torch.no_grad()

@@ -11,6 +11,12 @@ from conftest import TINY, random_model
 import main
 
 
+def sequence_losses(model, x0, t, scores):
+    """Mean cross-entropy, in nats, of the masked bytes of each sequence."""
+    _, nats, is_masked = main.predict_masked(model, x0, t, scores)
+    return main.mean_of_masked(nats, is_masked)
+
+
 def by_enumeration(model, x0):
     """The bound of one sequence from its definition: every mask of every size, k weighted uniformly. Nats per byte."""
     length = len(x0)
@@ -33,7 +39,7 @@ def test_the_loss_equals_the_enumeration_of_all_masks(config, model):
     exact = by_enumeration(model, x0)
     rows = 20000
     generator = torch.Generator().manual_seed(1)
-    losses = main.sequence_losses(model, x0.expand(rows, -1), *main.draw_noise(rows, len(x0), generator))
+    losses = sequence_losses(model, x0.expand(rows, -1), *main.draw_noise(rows, len(x0), generator))
     error = losses.std().item() / math.sqrt(rows)
     assert abs(losses.mean().item() - exact) < 4 * error
     assert error < 0.01 * exact  # sharp enough to tell a wrong weighting from the right one
@@ -111,8 +117,8 @@ def test_padding_is_never_masked_and_never_predicted(config, model):
     xt, is_masked = main.mask_bytes(padded, t, scores)
     assert not is_masked[:, 12:].any()
     assert (xt[:, 12:] == main.PAD).all()
-    short = main.sequence_losses(model, x0, t, scores[:, :12])
-    long = main.sequence_losses(model, padded, t, scores)
+    short = sequence_losses(model, x0, t, scores[:, :12])
+    long = sequence_losses(model, padded, t, scores)
     torch.testing.assert_close(long, short)
 
 
@@ -121,7 +127,7 @@ def test_a_sequence_of_nothing_but_padding_costs_nothing_and_leaves_gradients_fi
     x0 = torch.full((2, 8), main.PAD)
     x0[0, :3] = 65
     t, scores = main.draw_noise(2, 8, torch.Generator().manual_seed(0))
-    losses = main.sequence_losses(model, x0, t, scores)
+    losses = sequence_losses(model, x0, t, scores)
     assert losses[1] == 0
     losses.mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -10,19 +10,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_FLAGS, random_model, run_main, train_tiny
+from conftest import ROOT, TINY, TINY_FLAGS, random_model, read_events, read_scalars, run_main, train_tiny
 
 import main
-
-
-def read_scalars(run_dir):
-    """TensorBoard's scalars of a run: {tag: {step: value}}, and the tags of its texts."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    tags = events.Tags()
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags["scalars"]}, tags["tensors"]
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero_at_the_last_step():
@@ -66,8 +56,8 @@ def test_gradients_are_clipped_to_the_given_norm(config):
     state.optimizers[0].register_step_pre_hook(
         lambda *_: seen.append(torch.stack([p.grad.norm() for p in state.model.parameters()]).norm().item())
     )
-    norm = main.optimizer_step(state, 1.0)
-    assert norm.item() > 1e-3
+    norms = main.optimizer_step(state, 1.0)
+    assert norms["all"].item() > 1e-3
     assert seen == [pytest.approx(1e-3, rel=1e-3)]
 
 
@@ -132,22 +122,38 @@ def test_a_part_of_the_validation_text_is_spread_over_all_of_it(model, text_fold
     assert asked[-1] >= len(dataset) * 3 // 4
 
 
+def test_gradient_norms_of_the_groups_make_up_the_norm_of_all(model):
+    main.masked_diffusion_loss(model, torch.randint(0, 256, (4, 16))).backward()
+    norms = main.norms_by_group(model, lambda parameter: parameter.grad)
+    assert set(norms) == {"embedding", "layer_0", "layer_1", "head", "all"}
+    expected = sum(p.grad.double().square().sum() for p in model.parameters()).sqrt()
+    assert norms["all"].item() == pytest.approx(expected.item(), rel=1e-5)
+    layer = sum(p.grad.double().square().sum() for p in model.layers[1].parameters()).sqrt()
+    assert norms["layer_1"].item() == pytest.approx(layer.item(), rel=1e-5)
+
+
 def test_a_run_writes_what_the_readme_promises(text_folder):
     run_dir, console = train_tiny(text_folder, "--max_steps=30", "--validate_every=10", "--checkpoint_every=10")
     assert run_dir.name.startswith("diffusion_")
     assert {"latest.pt", "best.pt", "config.json", "samples.txt"} < {p.name for p in run_dir.iterdir()}
-    scalars, texts = read_scalars(run_dir)
-    assert set(scalars) == {
-        "train/loss",
-        "train/bits_per_byte",
-        "train/learning_rate",
-        "train/gradient_norm",
-        "train/bytes_per_second",
-        "val/bits_per_byte",
+    scalars = read_scalars(run_dir)
+    tens = [f"{kind}_by_mask_ratio/to_{end:03d}_percent" for kind in ("bits", "hits") for end in range(10, 101, 10)]
+    groups = [f"{kind}_norm/{name}" for kind in ("gradient", "weight") for name in ("embedding", "head", "layer_0")]
+    assert set(scalars) >= {
+        *("train/loss", "train/bits_per_byte", "train/learning_rate", "train/gradient_norm", "train/bytes_per_second"),
+        *("val/bits_per_byte", "val/best_bits_per_byte", "val/final_bits_per_byte", *tens, *groups),
     }
+    assert sorted(scalars["train/loss"]) == [10, 20, 30]
+    by_bytes = read_scalars(run_dir / "by_bytes")
+    seen = {step * 8 * 16: value for step, value in scalars["train/loss"].items()}
+    assert by_bytes["by_bytes/loss"] == seen
+    assert by_bytes["by_bytes/bits_per_byte"] == {step * 128: v for step, v in scalars["val/bits_per_byte"].items()}
     assert sorted(scalars["val/bits_per_byte"]) == [10, 20, 30]
     assert sorted(scalars["train/bits_per_byte"]) == [10, 20, 30]
-    assert {"samples/text_summary", "config/text_summary"} <= set(texts)
+    events = read_events(run_dir)
+    assert {"samples/text_summary", "config/text_summary", "custom_scalars__config__"} <= set(events.Tags()["tensors"])
+    assert set(events.PluginTagToContent("hparams")) > {"_hparams_/experiment", "_hparams_/session_start_info"}
+    assert {"commit_order", "bits_by_mask_ratio"} <= set(events.Tags()["images"])
     assert str(run_dir.resolve()) in console
     assert "tensorboard --logdir=" in console
     for word in ("cpu", "fp32", "parameters", "bytes each", "epochs", "duration"):
@@ -182,6 +188,7 @@ def test_load_checkpoint_gives_the_averaged_weights_in_eval_mode(text_folder):
 def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_unbroken_one(text_folder, monkeypatch, extra):
     monkeypatch.chdir(text_folder)
     flags = [*TINY_FLAGS, "--max_steps=20", "--warmup_steps=2", "--checkpoint_every=10", "--num_samples=0", *extra]
+    flags += ["--log_every=4", "--validate_every=5"]
     assert main.main([*flags, "--name=whole"]) == 0
     with monkeypatch.context() as patch:
         original = main.optimizer_step
@@ -191,12 +198,17 @@ def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_unbroken_one(text_fo
             main.main([*flags, "--name=part"])
     whole, part = (next(text_folder.glob(f"runs/{name}_*")) for name in ("whole", "part"))
     assert main.read_checkpoint(part / "latest.pt")["step"] == 10
+    time.sleep(1)  # TensorBoard sorts the files of a run by the second in their names
     assert main.main(["--resume", str(part)]) == 0
     one, two = (main.read_checkpoint(run / "latest.pt") for run in (whole, part))
     assert one["step"] == two["step"] == 20
     for weights in ("model", "ema"):
         for name, tensor in one[weights].items():
             assert torch.equal(tensor, two[weights][name]), (weights, name)
+    for folder in ("", "by_bytes"):
+        logged = [read_scalars(run / folder) for run in (whole, part)]
+        for tag in logged[0].keys() - {"train/bytes_per_second"}:
+            assert logged[0][tag] == pytest.approx(logged[1][tag], nan_ok=True), tag
 
 
 def test_resume_auto_takes_the_newest_run_and_a_raised_max_steps(text_folder):
@@ -215,7 +227,7 @@ def test_max_minutes_ends_a_run_in_order(text_folder):
     )
     assert time.monotonic() - started < 60
     assert "done:" in console
-    scalars, _ = read_scalars(run_dir)
+    scalars = read_scalars(run_dir)
     rates = list(scalars["train/learning_rate"].values())
     assert len(rates) > 1
     assert rates == sorted(rates, reverse=True)
@@ -272,7 +284,7 @@ def test_compiled_training_computes_what_eager_training_computes(text_folder):
     eager, _ = train_tiny(text_folder, *flags, "--compile=false")
     compiled, console = train_tiny(text_folder, *flags, "--compile=true")
     assert "warning" not in console
-    losses = [read_scalars(run)[0]["train/loss"] for run in (eager, compiled)]
+    losses = [read_scalars(run)["train/loss"] for run in (eager, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -291,7 +303,7 @@ def test_two_processes_train_like_one(text_folder):
     assert done.returncode == 0, done.stdout + done.stderr
     (two,) = text_folder.glob("runs/two_*")
     losses, bounds = zip(
-        *((s["train/loss"], s["val/bits_per_byte"]) for s in (read_scalars(run)[0] for run in (one, two))), strict=True
+        *((s["train/loss"], s["val/bits_per_byte"]) for s in map(read_scalars, (one, two))), strict=True
     )
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert bounds[0] == pytest.approx(bounds[1], rel=1e-4)

@@ -23,7 +23,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
-import inspect
+import gc
 import itertools
 import json
 import math
@@ -33,7 +33,8 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+import zipfile
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,15 +113,17 @@ class CONFIG:
 
     # Sampling
     remasking: str = "low_confidence"  # which masks are filled first: see `score_positions`
-    inference_steps: int = 64  # forward passes per response, one or more for each block; not of the last two strategies
+    inference_steps: int = (
+        256  # forward passes per response, one or more for each block; not of the last two strategies
+    )
     commit_schedule: str = "linear"  # how many bytes each of them commits: linear; cosine begins slowly
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are committed
     entropy_bound: float = 1.0  # nats, of the strategy entropy_bound: higher commits more bytes at once
-    temperature: float = 0.7  # of the byte distribution; 0 takes the most probable byte
+    temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
     top_p: float = 1.0  # draw from the most probable bytes that together have this probability; 1: from all
     guidance_scale: float = 0.0  # classifier-free guidance: away from what the model says without the prompt; 0: none
     remask_share: float = 0.0  # of the committed bytes, hidden again at each step to be corrected (ReMDM); 0: none
-    block_length: int = 0  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
+    block_length: int = 16  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
     cache_refresh: int = 1  # steps between passes over all bytes, the rest compute the block alone; 0: one each block
     num_samples: int = 3  # prompts from the validation text that each validation continues
 
@@ -133,6 +136,7 @@ class CONFIG:
     validate_every: int = 1000  # steps between validations
     checkpoint_every: int = 500  # steps between checkpoints
     log_every: int = 10  # steps between points in TensorBoard
+    stop_if_unsaved: bool = False  # end the run when a checkpoint cannot be written; false: warn, train on, try again
 
     def __post_init__(self):
         self.device = resolve_device(self.device)
@@ -232,8 +236,9 @@ class ByteLevelTextDataset(Dataset):
                 f"{path}{part}: {num_bytes:,} bytes are less than one sequence of max_length={max_length:,}; "
                 "add text or lower --max_length"
             )
-        with open(path, "rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.file = open(path, "rb")  # noqa: SIM115  stays open, to see whether it shrinks
+        self.size = os.fstat(self.file.fileno()).st_size
+        mapping = mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ)
         if hasattr(mapping, "madvise"):  # no read-ahead: at random places of a huge file it costs 160 times the read
             mapping.madvise(mmap.MADV_RANDOM)
         self.bytes = np.frombuffer(mapping, np.uint8)[start:stop]
@@ -256,6 +261,15 @@ class ByteLevelTextDataset(Dataset):
 
     def __getitems__(self, indices):
         """The batch [B, max_length] of these indices; torch's DataLoader prefers this method."""
+        if os.fstat(self.file.fileno()).st_size < self.size:  # reading beyond the end of a mapping kills the process
+            raise InputError(f"{self.path}: has become shorter than its {self.size:,} bytes while it was in use")
+        phases, offsets = self.locate(indices)
+        x0 = self.bytes[(phases + offsets) % len(self.bytes)].astype(np.int64)
+        x0[offsets >= len(self.bytes)] = PAD
+        return torch.from_numpy(x0)
+
+    def locate(self, indices):
+        """Phases [B, 1] and offsets [B, max_length]: their sum, modulo the text's length, is where each byte stands."""
         epochs, pieces = np.divmod(np.asarray(indices), len(self))
         phases = np.zeros_like(pieces)
         if self.seed is not None:
@@ -263,10 +277,7 @@ class ByteLevelTextDataset(Dataset):
                 *keys, phase = np.random.SeedSequence([self.seed, epoch]).generate_state(5, np.uint64)
                 phases[epochs == epoch] = phase % len(self.bytes)
                 pieces[epochs == epoch] = permute(pieces[epochs == epoch], len(self), keys)
-        offsets = pieces[:, None] * self.max_length + np.arange(self.max_length)  # [B, L]
-        x0 = self.bytes[(phases[:, None] + offsets) % len(self.bytes)].astype(np.int64)
-        x0[offsets >= len(self.bytes)] = PAD
-        return torch.from_numpy(x0)
+        return phases[:, None], pieces[:, None] * self.max_length + np.arange(self.max_length)
 
 
 def permute(index, size, keys):
@@ -347,6 +358,8 @@ def open_datasets(config):
     validation_set, train_set = open_validation_set(config), open_training_set(config)
     if holds_out(config):
         say(f"no validation text of its own: the last 5 % of {config.train_data_file} are held out for validation")
+    if len(train_set.bytes) == len(validation_set.bytes) and np.array_equal(train_set.bytes, validation_set.bytes):
+        say(f"warning: {train_set.path} and {validation_set.path} are the same text; the bound tells nothing new then")
     starter_sizes = tuple(len(text) for text in starter_corpus())
     if len(validation_set.bytes) == starter_sizes[1] and len(train_set.bytes) != starter_sizes[0]:
         say(f"warning: {validation_set.path} is the starter corpus, {train_set.path} is not; delete it to hold out 5 %")
@@ -1215,26 +1228,59 @@ class TrainingState:
         self.step, self.minutes, self.best_bound = state["step"], state["minutes"], state["best_bound"]
 
 
-def save_checkpoint(run_dir, name, state):
-    """Write beside, then rename: whenever the process dies, the file is whole, the old one or the new one."""
+def save_checkpoint(run_dir, name, state, **extra):
+    """Write beside, then rename: whenever the process dies there is a whole file, the new one, the old one or, between
+    the two renamings of latest.pt, the old one as previous.pt. Returns whether it could be written."""
     if rank() != 0:
-        return
-    temporary = run_dir / f"{name}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(state.state_dict(), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, run_dir / name)
+        return True
+    path, temporary = run_dir / name, run_dir / f"{name}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state.state_dict() | extra, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if name == "latest.pt" and path.exists():
+            os.replace(path, run_dir / "previous.pt")
+        os.replace(temporary, path)
+        return True
+    except (OSError, RuntimeError) as error:  # on a full disk torch.save raises a RuntimeError
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        message = f"{path} cannot be written ({str(error).splitlines()[0]}); the checkpoint before it is untouched"
+        if state.config.stop_if_unsaved:
+            raise TrainingError(message) from None
+        say(f"warning: {message}")
+        return False
 
 
 def read_checkpoint(path):
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # compares with the CRC-32 of each record, which torch.load does not
+        if damaged:
+            raise InputError(f"{damaged} does not have its checksum: the file is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle cannot run code
-    except Exception as error:  # noqa: BLE001  damaged files make torch.load raise anything
+    except Exception as error:  # noqa: BLE001  damaged files make zipfile and torch.load raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
-    if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
-        raise InputError(f"{path}: not a checkpoint of this program (version {CHECKPOINT_VERSION})")
+    version = state.get("version") if isinstance(state, dict) else None
+    if version != CHECKPOINT_VERSION:
+        raise InputError(f"{path}: a checkpoint of version {version}, and this program reads {CHECKPOINT_VERSION}")
+    return state
+
+
+def resumable_checkpoint(run_dir):
+    """The state in latest.pt. If that is damaged it is put aside and previous.pt, the one before it, is taken."""
+    latest, previous = run_dir / "latest.pt", run_dir / "previous.pt"
+    try:
+        return read_checkpoint(latest)
+    except InputError as error:
+        if not previous.exists():
+            raise
+        state = read_checkpoint(previous)
+        say(f"warning: {error}; going on from {previous}, step {state['step']:,}")
+    if rank() == 0 and latest.exists():
+        os.replace(latest, run_dir / "damaged.pt")
     return state
 
 
@@ -1246,10 +1292,11 @@ def saved_config(state, **overrides):
     return CONFIG(**{**state["config"], **overrides})
 
 
-def newest_run(runs=Path("runs")):
-    checkpoints = sorted(runs.glob("*/latest.pt"), key=lambda path: path.stat().st_mtime)
+def newest_run():
+    checkpoints = [path for name in ("latest.pt", "previous.pt") for path in Path("runs").glob(f"*/{name}")]
+    checkpoints.sort(key=lambda path: path.stat().st_mtime)
     if not checkpoints:
-        raise InputError(f"{runs}: no run with a checkpoint; train one first with: python main.py")
+        raise InputError("runs: no run with a checkpoint; train one first with: python main.py")
     return checkpoints[-1].parent
 
 
@@ -1272,7 +1319,10 @@ def load_checkpoint(path, device="auto"):
     state = read_checkpoint(path)
     config = saved_config(state, device=device, amp_dtype="auto")
     model = MaskPredictor(config).to(config.device).eval().requires_grad_(False)
-    model.load_state_dict(state["ema"])
+    try:
+        model.load_state_dict(state["ema"])
+    except RuntimeError as error:
+        raise InputError(f"{path}: its weights are not of its CONFIG ({str(error).splitlines()[-1].strip()})") from None
     return model, config, state
 
 
@@ -1286,20 +1336,25 @@ def say(text):
         sys.stdout.flush()
 
 
-class SilentWriter:
-    """Stands for TensorBoard's writer on every process but the first."""
+class Writer:
+    """TensorBoard's writer; silent on every process but the first, and after a warning once the disk is full."""
+
+    def __init__(self, folder, first_step=None):
+        """What a run that is resumed at first_step wrote after it is no longer shown."""
+        from torch.utils.tensorboard import SummaryWriter  # imported late: it takes seconds
+
+        purge_step = None if first_step is None else first_step + 1
+        self.writer = SummaryWriter(folder, purge_step=purge_step) if rank() == 0 else None
 
     def __getattr__(self, name):
-        return lambda *args, **kwargs: None
+        def write(*args, **kwargs):
+            try:
+                return self.writer and getattr(self.writer, name)(*args, **kwargs)
+            except OSError as error:
+                say(f"warning: TensorBoard's log cannot be written ({error.strerror}); training goes on without it")
+                self.writer = None
 
-
-def open_writer(folder, first_step=None):
-    """TensorBoard's writer. What a run that is resumed at first_step wrote after it is no longer shown."""
-    if rank() != 0:
-        return SilentWriter()
-    from torch.utils.tensorboard import SummaryWriter  # imported late: it takes seconds
-
-    return SummaryWriter(folder, purge_step=None if first_step is None else first_step + 1)
+        return write
 
 
 CUSTOM_SCALARS = {
@@ -1316,14 +1371,18 @@ CUSTOM_SCALARS = {
 
 
 def describe_run(writer, config, step):
-    """What TensorBoard shows of a run as a whole: CONFIG as text and for HPARAMS, and which curves share a chart."""
+    """What TensorBoard shows of a run as a whole: CONFIG as text, its fields up to the sampling for HPARAMS, and which
+    curves share a chart."""
+    if rank() != 0:
+        return
     from torch.utils.tensorboard.summary import hparams
 
     settings = dataclasses.asdict(config)
     writer.add_text("config", as_code("", json.dumps(settings, indent=2)), step)
+    settings = {name: settings[name] for name in list(settings)[: list(settings).index("remasking")] + ["seed"]}
     writer.add_custom_scalars(CUSTOM_SCALARS)
     for summary in hparams(settings, dict.fromkeys(("val/final_bits_per_byte", "val/best_bits_per_byte"))):
-        writer.file_writer.add_summary(summary)  # writer.add_hparams would make a second run of each run
+        writer.writer.file_writer.add_summary(summary)  # writer.add_hparams would make a second run of each run
 
 
 def bar_chart(values):
@@ -1364,11 +1423,28 @@ def distributed_run(config):
     try:
         yield
     finally:
+        gc.collect()  # DDP's threads must not outlive the process group: else one run in thirty aborted at its exit
         dist.destroy_process_group()
 
 
+@contextmanager
+def explained_errors(config):
+    """Says what to do about two errors that torch raises in many forms."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
+            names = "batch_size", "max_length", "model_dim", "ffn_dim", "num_layers"
+            sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+            raise TrainingError(f"out of memory with {sizes}; lower the first, or any of them ({reason})") from None
+        if isinstance(error, dist.DistError) or "gloo" in reason:
+            raise TrainingError(f"another process is gone; go on with --resume auto ({reason})") from None
+        raise
+
+
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", "0"))
 
 
 def world_size():
@@ -1454,7 +1530,7 @@ def announce(config, state, train_set, validation_set, run_dir, trial_seconds):
 
 
 def validate(state, train_set, validation_set, log):
-    """Bounds and samples of the averaged weights, to console, TensorBoard and samples.txt; keeps the best checkpoint."""
+    """Bounds and samples of the averaged weights, to console, TensorBoard and samples.txt; keeps the best one."""
     started = time.monotonic()
     config, model, step, writer = state.config, state.ema, state.step, log.writer
     train_bound, _ = estimate_nelbo(model, train_set.in_file_order(), config.validation_bytes)
@@ -1549,8 +1625,15 @@ def backward_pass(forward, scaler, batches, config, step):
 
 @torch.no_grad()
 def optimizer_step(state, scale):
-    """Clip, update and average the weights. Returns the gradient norm before clipping of each group of parameters, and
-    of all, as scalars on the device."""
+    """Clip, update and average the weights.
+
+    Returns:
+        dict of scalars on the device, the gradient norm before clipping of each group of parameters and of all.
+
+    Raises:
+        FloatingPointError: the norm is not finite; the weights are as before. In fp16 such a step is skipped instead,
+            and the GradScaler lowers its scale.
+    """
     config, scaler = state.config, state.scaler
     for optimizer, peak in zip(state.optimizers, (config.learning_rate, config.muon_learning_rate)):
         for group in optimizer.param_groups:
@@ -1558,11 +1641,11 @@ def optimizer_step(state, scale):
         scaler.unscale_(optimizer)
     norms = norms_by_group(state.model, lambda parameter: parameter.grad)
     nn.utils.clip_grads_with_norm_(state.model.parameters(), config.gradient_clip_val, norms["all"])
-    if (
-        not scaler.is_enabled() or norms["all"].isfinite()
-    ):  # in fp16 an overflow skips the step of both, and lowers the scale
+    if norms["all"].isfinite():  # waits for the device
         for optimizer in state.optimizers:
             scaler.step(optimizer)
+    elif not scaler.is_enabled():
+        raise FloatingPointError(", ".join(f"{name} {norm.item():.3g}" for name, norm in norms.items()))
     scaler.update()
     state.model.zero_grad(set_to_none=True)
     with record_function("average of the weights"):  # PyTorch's AveragedModel would wait for the GPU at each step
@@ -1583,15 +1666,14 @@ def norms_by_group(model, tensor_of):
 
 
 class StepLog:
-    """Collects losses on the device, without waiting for them; every `log_every` steps their mean goes to TensorBoard and
-    to a tqdm bar or, where the output is no terminal, to a plain line every ten seconds."""
+    """Collects losses on the device; every `log_every` steps their mean goes to TensorBoard and to a tqdm bar or, where
+    the output is no terminal, to a plain line every ten seconds."""
 
     def __init__(self, state, run_dir):
         self.state, self.config, self.run_dir, self.next_line, self.validating = state, state.config, run_dir, 0.0, 0.0
-        self.writer = open_writer(run_dir, state.step)
-        self.by_bytes = open_writer(run_dir and run_dir / "by_bytes", state.step * bytes_per_step(state.config))
-        if rank() == 0:
-            describe_run(self.writer, state.config, state.step)
+        self.writer = Writer(run_dir, state.step)
+        self.by_bytes = Writer(run_dir and run_dir / "by_bytes", state.step * bytes_per_step(state.config))
+        describe_run(self.writer, state.config, state.step)
         self.bar = tqdm(
             total=self.config.max_steps,
             initial=state.step,
@@ -1622,19 +1704,15 @@ class StepLog:
             self.write()
 
     def write(self):
-        """Write the interval, if any; always called before saving. Raises TrainingError if it was not all finite."""
+        """Write the interval, if any; always called before saving. Raises TrainingError if a loss was not finite."""
         if not self.losses:
             return
         config, step, writer = self.config, self.state.step, self.writer
         mean = torch.stack(self.losses).mean().item()  # waits for the device
         loss = over_processes("sum", [mean]).item() / world_size()
         norms = {name: norm.item() for name, norm in self.norms.items()}
-        is_skipped = config.amp_dtype == "fp16"  # by the GradScaler, an overflow is
-        if not math.isfinite(loss) or not (math.isfinite(norms["all"]) or is_skipped):
-            raise TrainingError(
-                f"loss {loss}, gradient norm {norms['all']} between steps {self.first_step} and {step}, not saved; "
-                "lower --learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
-            )
+        if not math.isfinite(loss):  # in fp16, where the GradScaler has skipped the steps
+            raise TrainingError(f"the loss is {loss} since step {self.first_step}; use --amp_dtype bf16 or fp32")
         seconds, steps = time.monotonic() - self.started, step - self.first_step
         bytes_seen, bytes_per_second = step * bytes_per_step(config), steps * bytes_per_step(config) / seconds
         left = (config.max_steps - step) * seconds / steps
@@ -1658,28 +1736,53 @@ class StepLog:
         self.restart()
 
 
-def train(config, run_dir=None):
-    """Train as `config` says, from the start or from run_dir/latest.pt. Returns 0, or 128 + the signal that ended
-    it."""
+def stop_for_autopsy(state, loss, norms, train_set, run_dir):
+    """Raises TrainingError for a step that was not taken, having saved what led to it beside the good checkpoints."""
+    batches = itertools.islice(batch_indices(state.config, state.step), state.config.gradient_accumulation_steps)
+    phases, offsets = train_set.locate(list(itertools.chain(*batches)))
+    starts = (train_set.start + (phases[:, 0] + offsets[:, 0]) % len(train_set.bytes)).tolist()
+    save_checkpoint(run_dir, "not_finite.pt", state, offsets=starts, gradient_norms=norms)
+    raise TrainingError(
+        f"the gradient of step {state.step + 1} is not finite and was not applied (loss {loss.item():.3g}; norms: "
+        f"{norms}); its sequences begin at the bytes {', '.join(map(str, starts[:8]))}{' ...' * (len(starts) > 8)} of "
+        f"{train_set.path}; not_finite.pt holds the weights before it, latest.pt the last good checkpoint; lower "
+        "--learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
+    )
+
+
+def train(config, received, run_dir=None, checkpoint=None):
+    """Train as `config` says, from the start or on from a checkpoint of run_dir.
+
+    Args:
+        received: the list of `stop_signals`; a signal in it ends the run after the step.
+
+    Returns:
+        exit code: 0, or 128 + the signal that ended it.
+
+    Raises:
+        TrainingError: the gradient was not finite, or the last checkpoint could not be written.
+    """
     started = time.monotonic()
-    if not run_dir:
+    if not checkpoint:
         write_starter_corpus(config)
     train_set, validation_set = open_datasets(config)
     state = TrainingState(config)
-    if run_dir:
-        state.load_state_dict(read_checkpoint(run_dir / "latest.pt"))
+    if checkpoint:
+        state.load_state_dict(checkpoint)
         started -= 60 * state.minutes
+        for leftover in run_dir.glob("*.tmp"):  # of a process that was killed while it saved
+            leftover.unlink(missing_ok=True)
     elif rank() == 0:
         run_dir = make_run_dir(config)
     forward = compile_model(state.model, config)
     trial_step(forward, config)  # the first one warms up
     announce(config, state, train_set, validation_set, run_dir, trial_step(forward, config))
     if dist.is_initialized():
-        forward = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
+        forward = nn.parallel.DistributedDataParallel(forward, forward_sync_buffers=False)
     batches = iter(data_loader(train_set, config, state.step))
     signal_number = 0
     eager = torch.compiler.set_stance("eager_on_recompile")  # seldom other shapes are not worth a compilation
-    with stop_signals() as received, eager, StepLog(state, run_dir) as log:
+    with eager, StepLog(state, run_dir) as log:
         while state.step < config.max_steps:
             minutes = (time.monotonic() - started) / 60
             state.minutes, signal_number = over_processes("max", [minutes, max(received, default=0)]).tolist()
@@ -1687,21 +1790,26 @@ def train(config, run_dir=None):
                 break
             scale = learning_rate_scale(config, state.step, state.minutes)
             loss = backward_pass(forward, state.scaler, batches, config, state.step)
-            norms = optimizer_step(state, scale)
+            try:
+                norms = optimizer_step(state, scale)
+            except FloatingPointError as error:
+                stop_for_autopsy(state, loss, str(error), train_set, run_dir)
             state.step += 1
             log.add(loss, norms, scale)
-            if state.step % config.validate_every == 0 and state.step < config.max_steps:
+            is_last = state.step == config.max_steps  # is validated and saved below
+            if state.step % config.validate_every == 0 and not is_last:
                 validate(state, train_set, validation_set, log)
                 log.restart()
-            if state.step % config.checkpoint_every == 0:
+            if state.step % config.checkpoint_every == 0 and not is_last:
                 save_checkpoint(run_dir, "latest.pt", state)
         log.write()
-        save_checkpoint(run_dir, "latest.pt", state)
+        if not signal_number:
+            validate(state, train_set, validation_set, log)
+        if not save_checkpoint(run_dir, "latest.pt", state):
+            raise TrainingError(f"step {state.step:,} could not be saved to {run_dir}; make room and use --resume")
         if signal_number:
             say(f"stopped at step {state.step:,} and saved; go on with: python main.py --resume '{run_dir}'")
             return 128 + int(signal_number)
-        validate(state, train_set, validation_set, log)
-        save_checkpoint(run_dir, "latest.pt", state)  # once more: the best bound may have changed
         bound, error = estimate_nelbo(state.ema, validation_set, FINAL_VALIDATION_BYTES)
         log.writer.add_scalar("val/final_bits_per_byte", bound, state.step)
     evaluated = min(len(validation_set.bytes), FINAL_VALIDATION_BYTES)
@@ -1830,7 +1938,7 @@ def parse_bool(text):
 
 def add_config_flags(parser, only=None):
     """One flag for each field of CONFIG, explained by the comment behind the field."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(CONFIG), re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
     for field in dataclasses.fields(CONFIG):
         if only is None or field.name in only:
             default = field.default
@@ -1850,14 +1958,13 @@ def train_command(argv):
     parser.add_argument("--resume", metavar="RUN", help="go on with this run's folder, or with the newest: auto")
     add_config_flags(parser)
     overrides = vars(parser.parse_args(argv))
-    run_dir = overrides.pop("resume")
+    run_dir, checkpoint = overrides.pop("resume"), None
     if run_dir:
         run_dir = newest_run() if run_dir == "auto" else Path(run_dir)
-        config = saved_config(read_checkpoint(run_dir / "latest.pt"), **overrides)
-    else:
-        config = CONFIG(**overrides)
-    with distributed_run(config):
-        return train(config, run_dir)
+        checkpoint = resumable_checkpoint(run_dir)
+    config = saved_config(checkpoint, **overrides) if checkpoint else CONFIG(**overrides)
+    with explained_errors(config), stop_signals() as received, distributed_run(config):
+        return train(config, received, run_dir, checkpoint)
 
 
 def checkpoint_parser(command, description, fields):
@@ -1926,7 +2033,7 @@ def evaluate_command(argv):
     training_text = open_training_set(config).bytes[:MEMORIZED_BYTES].tobytes()
     figures = evaluate(model, config, dataset, training_text, arguments.chunks, getattr(arguments, "seed", 0))
     print(json.dumps(figures, indent=2) if arguments.json else as_table(figures))
-    writer = open_writer(path.parent if path.is_file() else path)
+    writer = Writer(path.parent if path.is_file() else path)
     known = [row for row in figures if row["value"] is not None]
     for row in known:
         writer.add_scalar("evaluate/" + row["figure"].replace(" ", "_"), row["value"], step)
@@ -1941,7 +2048,9 @@ def evaluate_command(argv):
 def profile_command(argv):
     parser = OneLineParser("main.py profile", description="Where a training step's time goes.", allow_abbrev=False)
     add_config_flags(parser)
-    return profile(CONFIG(**vars(parser.parse_args(argv))))
+    config = CONFIG(**vars(parser.parse_args(argv)))
+    with explained_errors(config):
+        return profile(config)
 
 
 COMMANDS = {"generate": generate_command, "evaluate": evaluate_command, "profile": profile_command}
@@ -1956,13 +2065,12 @@ def main(argv=None):
     try:
         return command(rest)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(
+            f"error: {str(error).splitlines()[-1]}", file=sys.stderr
+        )  # of a DataLoader's worker: without its traceback
         return 2
     except (TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory; halve --batch_size ({str(error).splitlines()[0]})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the training loop, which catches the signal itself
         return 130

@@ -15,7 +15,7 @@ import main
 
 
 def settings(**overrides):
-    return main.CONFIG(**{**TINY, **overrides})
+    return main.CONFIG(**{**TINY, "block_length": 0, "inference_steps": 64, "temperature": 0.7, **overrides})
 
 
 @torch.no_grad()

@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(text_folder)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert "learning_rate" in done.stderr
-    assert not list(text_folder.glob("runs/*/*.pt"))
+    assert not list(text_folder.glob("runs/*/latest.pt"))
 
 
 def test_a_missing_compiler_is_one_warning_and_training_goes_on(text_folder):
@@ -316,7 +316,7 @@ def test_damaged_and_foreign_checkpoints_are_one_line(tmp_path):
     with pytest.raises(main.InputError, match=r"latest\.pt: not a readable checkpoint"):
         main.load_checkpoint(path)
     torch.save({"hello": 1}, path)
-    with pytest.raises(main.InputError, match="not a checkpoint of this program"):
+    with pytest.raises(main.InputError, match="a checkpoint of version None"):
         main.load_checkpoint(path)
     with pytest.raises(main.InputError, match="none"):
         main.load_checkpoint(tmp_path / "none.pt")
@@ -343,9 +343,12 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, config):
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    assert not main.save_checkpoint(tmp_path, "latest.pt", state)
+    state.config.stop_if_unsaved = True
+    with pytest.raises(main.TrainingError, match="disk full"):
         main.save_checkpoint(tmp_path, "latest.pt", state)
     monkeypatch.undo()
+    assert not list(tmp_path.glob("*.tmp"))
     assert main.read_checkpoint(tmp_path / "latest.pt")["step"] == 0
 
 

@@ -1,0 +1,439 @@
+"""Nothing is lost: crashes, damaged files, full disks, hostile input, many processes.
+
+The longer forms of some tests: `RELIABILITY_ROUNDS=100 python -m pytest tests/test_reliability.py`.
+"""
+
+import dataclasses
+import gc
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_FLAGS, run_main, train_tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import main
+
+ROUNDS = int(os.environ.get("RELIABILITY_ROUNDS", "5"))
+QUICK = [*TINY_FLAGS, "--num_samples=0", "--max_steps=1000000000", "--checkpoint_every=1", "--validate_every=7"]
+
+
+def start_main(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def one_line(process_or_done, code):
+    assert process_or_done.returncode == code, process_or_done.stdout + process_or_done.stderr
+    lines = process_or_done.stderr.strip().splitlines()
+    assert len(lines) == 1, process_or_done.stderr
+    return lines[0]
+
+
+def test_a_kill_at_any_moment_leaves_a_checkpoint_to_go_on_from(text_folder):
+    """Each round goes on with the run of the round before and is killed without notice, often while it saves."""
+    rng, arguments, step = random.Random(ROUNDS), QUICK, -1
+    for _ in range(ROUNDS):
+        process = start_main(text_folder, *arguments)
+        wait_for(lambda: list(text_folder.glob("runs/*/latest.pt")))
+        (run_dir,) = (text_folder / "runs").iterdir()
+        began = (run_dir / "latest.pt").stat().st_mtime
+        wait_for(lambda run_dir=run_dir, began=began: (run_dir / "previous.pt").exists() and changed(run_dir, began))
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.wait()
+        state = main.resumable_checkpoint(run_dir)
+        assert state["step"] > step
+        assert not (run_dir / "damaged.pt").exists()
+        arguments, step = ["--resume", "auto"], state["step"]
+    last = run_main(text_folder, "--resume", "auto", f"--max_steps={step + 2}")
+    assert last.returncode == 0, last.stderr
+    assert not list(run_dir.glob("*.tmp"))
+
+
+def changed(run_dir, began):
+    try:
+        return (run_dir / "latest.pt").stat().st_mtime > began
+    except FileNotFoundError:  # between two renamings
+        return False
+
+
+def same(one, two):
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+def test_a_damaged_checkpoint_is_found_out_wherever_the_damage_is(tmp_path, config):
+    """Every flipped bit and every truncation is one line, or is in the padding and changes nothing."""
+    main.save_checkpoint(tmp_path, "latest.pt", main.TrainingState(config))
+    path, rng = tmp_path / "latest.pt", random.Random(0)
+    whole, state = path.read_bytes(), main.read_checkpoint(path)
+    found = 0
+    for number in range(200):
+        position = rng.randrange(len(whole))
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged if number % 2 else whole[:position])
+        try:
+            assert same(main.read_checkpoint(path), state)
+        except main.InputError as error:
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+            found += 1
+    assert found > 150
+
+
+def test_a_checkpoint_of_a_future_version_or_of_other_weights_is_one_line(tmp_path, config):
+    state = main.TrainingState(config)
+    torch.save(state.state_dict() | {"version": 99}, tmp_path / "latest.pt")
+    with pytest.raises(main.InputError, match=r"latest\.pt: a checkpoint of version 99, and this program reads"):
+        main.load_checkpoint(tmp_path)
+    other = dataclasses.replace(config, model_dim=64)
+    torch.save(state.state_dict() | {"config": dataclasses.asdict(other)}, tmp_path / "latest.pt")
+    with pytest.raises(main.InputError, match="its weights are not of its CONFIG") as refused:
+        main.load_checkpoint(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_damaged_one_kept(text_folder, damage):
+    run_dir, _ = train_tiny(text_folder, "--max_steps=9", "--checkpoint_every=4")
+    latest = run_dir / "latest.pt"
+    before = main.read_checkpoint(run_dir / "previous.pt")["step"]
+    latest.write_bytes(latest.read_bytes()[:1000]) if damage == "truncated" else latest.unlink()
+    done = run_main(text_folder, "--resume", "auto", "--max_steps=12")
+    assert done.returncode == 0, done.stderr
+    assert "latest.pt: not a readable checkpoint" in done.stdout
+    assert f"previous.pt, step {before}" in done.stdout
+    assert main.read_checkpoint(latest)["step"] == 12
+    assert (run_dir / "damaged.pt").exists() == (damage == "truncated")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit of file sizes")
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_full_disk_is_told_and_keeps_the_checkpoint_before(text_folder, stop):
+    run_dir, _ = train_tiny(text_folder, "--max_steps=2")
+    blocks = (run_dir / "latest.pt").stat().st_size // 1024 // 2  # half a checkpoint
+    command = f"ulimit -f {blocks}; exec '{sys.executable}' '{ROOT / 'main.py'}' --resume auto --max_steps=6 "
+    command += f"--checkpoint_every=2 --stop_if_unsaved={str(stop).lower()}"
+    done = subprocess.run(["bash", "-c", command], cwd=text_folder, capture_output=True, text=True, check=False)
+    if stop:
+        assert "latest.pt cannot be written" in one_line(done, 1)
+    else:
+        assert "could not be saved" in one_line(done, 1)
+        assert done.stdout.count("latest.pt cannot be written") == 2  # after the steps 4 and 6
+        assert "step 6: bound" in done.stdout
+    assert main.read_checkpoint(run_dir / "latest.pt")["step"] == 2
+    assert not list(run_dir.glob("*.tmp"))
+
+
+def test_a_full_disk_silences_tensorboard_but_not_the_training(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    writer = main.Writer(tmp_path)
+    monkeypatch.setattr(writer.writer, "add_scalar", fail)
+    for step in range(3):
+        writer.add_scalar("train/loss", 1.0, step)
+    writer.close()
+    assert capsys.readouterr().out.count("TensorBoard's log cannot be written (No space left on device)") == 1
+
+
+def test_a_step_that_is_not_finite_is_not_taken_and_kept_for_the_autopsy(text_folder, monkeypatch, capsys):
+    monkeypatch.chdir(text_folder)
+    original = main.masked_diffusion_loss
+    calls = iter(range(100))
+
+    def explode(*arguments):
+        return original(*arguments) * (float("nan") if next(calls) == 7 else 1.0)
+
+    monkeypatch.setattr(main, "masked_diffusion_loss", explode)
+    assert main.main([*TINY_FLAGS, "--max_steps=20", "--num_samples=0", "--checkpoint_every=2"]) == 1
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1
+    assert "the gradient of step 6 is not finite" in message  # two trial steps come first
+    (run_dir,) = (text_folder / "runs").iterdir()
+    good, autopsy = (main.read_checkpoint(run_dir / name) for name in ("latest.pt", "not_finite.pt"))
+    assert (good["step"], autopsy["step"]) == (4, 5)
+    assert all(tensor.isfinite().all() for tensor in autopsy["model"].values())
+    train_set, _ = main.open_datasets(main.saved_config(good))
+    (x0,) = [next(iter(main.data_loader(train_set, main.saved_config(good), 5)))]
+    text = (text_folder / "train.txt").read_bytes() * 2
+    assert [bytes(row.tolist()) for row in x0] == [text[start : start + 16] for start in autopsy["offsets"]]
+    assert str(autopsy["offsets"][0]) in message
+
+
+@pytest.mark.parametrize("moment", ["validation", "start"])
+def test_a_signal_during_validation_or_the_start_saves_and_ends(text_folder, moment):
+    flags = [*TINY_FLAGS, "--max_steps=1000000000", "--validate_every=1", "--num_samples=4", "--inference_steps=400"]
+    process = start_main(text_folder, *flags, f"--name={moment}")
+    if moment == "validation":
+        wait_for(lambda: list(text_folder.glob("runs/*/samples.txt")))
+    else:
+        wait_for(lambda: list(text_folder.glob("runs/*/config.json")))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    (run_dir,) = (text_folder / "runs").iterdir()
+    assert "stopped at step" in output
+    assert main.read_checkpoint(run_dir / "latest.pt")["step"] >= 0
+
+
+def test_a_text_that_shrinks_while_it_is_used_ends_the_run_in_one_line(text_folder):
+    process = start_main(text_folder, *QUICK)
+    wait_for(lambda: list(text_folder.glob("runs/*/latest.pt")))
+    os.truncate(text_folder / "train.txt", 100)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert "train.txt: has become shorter than its 1,800 bytes" in output
+    assert "Traceback" not in output
+
+
+def test_a_text_that_is_replaced_or_grows_while_it_is_used_does_no_harm(text_folder):
+    process = start_main(text_folder, *QUICK, "--max_minutes=0.06")
+    wait_for(lambda: list(text_folder.glob("runs/*/latest.pt")))
+    with open(text_folder / "train.txt", "ab") as file:
+        file.write(b"more" * 1000)
+    (text_folder / "new.txt").write_bytes(b"x")
+    os.replace(text_folder / "new.txt", text_folder / "validation.txt")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize("content", ["folder", "empty", "unreadable"])
+def test_a_text_that_cannot_be_used_is_one_line(text_folder, content):
+    path = text_folder / "train.txt"
+    path.unlink()
+    path.mkdir() if content == "folder" else path.write_bytes(b"")
+    if content == "unreadable":
+        path.unlink()
+        path.symlink_to(path)
+    assert "train.txt" in one_line(run_main(text_folder, *TINY_FLAGS), 2)
+
+
+def test_training_on_the_validation_text_is_warned_of(text_folder):
+    shutil.copy(text_folder / "train.txt", text_folder / "validation.txt")
+    _, console = train_tiny(text_folder, "--max_steps=1")
+    assert "warning: train.txt and validation.txt are the same text" in console
+
+
+def test_running_out_of_memory_names_the_fields_with_their_values(text_folder):
+    done = run_main(text_folder, *[flag for flag in TINY_FLAGS if "ffn" not in flag], f"--ffn_dim={10**11}")
+    message = one_line(done, 1)
+    assert "out of memory with batch_size=8, max_length=16, model_dim=32, ffn_dim=100000000000" in message
+
+
+NUMBERS = st.one_of(st.integers(-3, 70), st.floats(-2, 40), st.sampled_from([10**9, -(10**9), 2**64, 1e-9, 1e300]))
+VALUES = st.one_of(NUMBERS, st.booleans(), st.none(), st.text(max_size=5), st.floats(allow_nan=True))
+FIELDS = [field.name for field in dataclasses.fields(main.CONFIG)]
+
+
+@settings(max_examples=160 * ROUNDS, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
+def test_any_config_is_accepted_or_refused_in_one_line_that_names_a_field(overrides):
+    try:
+        config = main.CONFIG(**{**TINY, **overrides})
+    except main.InputError as error:
+        assert "\n" not in str(error)
+        assert re.match(rf"({'|'.join(FIELDS)})=", str(error))
+    else:
+        assert main.CONFIG(**dataclasses.asdict(config)) == config
+
+
+WORDS = st.one_of(
+    st.sampled_from(["generate", "evaluate", "profile", "--resume", "auto", "--prompt", "--samples", "--watch", "-h3"]),
+    st.builds("--{}={}".format, st.sampled_from([*FIELDS, "prompt", "chunks", "samples", "file"]), VALUES),
+    st.builds("--{}".format, st.sampled_from(FIELDS)),
+    st.text(max_size=6),
+)
+
+
+@settings(
+    max_examples=600, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(arguments=st.lists(WORDS, max_size=4))
+def test_any_command_line_runs_or_is_refused_in_one_line(arguments, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(main, "train", lambda *_: 0)
+        patch.setattr(main, "profile", lambda *_: 0)
+        code = main.main(arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code in (0, 2)
+    assert len(lines) == (code == 2)
+    assert not list(tmp_path.iterdir())
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.fixed_dictionaries(
+        {
+            "max_length": st.integers(1, 40),
+            "batch_size": st.integers(1, 5),
+            "num_heads": st.integers(1, 3),
+            "num_layers": st.integers(1, 3),
+            "kv_latent_dim": st.integers(1, 9),
+            "ffn_dim": st.integers(1, 9),
+            "conv_width": st.sampled_from([0, 1, 3, 9]),
+            "gradient_accumulation_steps": st.integers(1, 3),
+            "random_length_prob": st.sampled_from([0.0, 0.9]),
+            "dropout": st.sampled_from([0.0, 0.9]),
+            "muon_learning_rate": st.sampled_from([0.0, 0.02]),
+            "mask_ratio_std": st.sampled_from([0.0, 0.1, 5.0]),
+            "warmup_steps": st.integers(0, 3),
+            "remasking": st.sampled_from(main.STRATEGIES),
+            "block_length": st.integers(0, 9),
+            "num_samples": st.integers(0, 2),
+        }
+    )
+)
+def test_any_accepted_size_trains_and_samples(tmp_path_factory, overrides):
+    folder = tmp_path_factory.mktemp("any")
+    for name in ("train.txt", "validation.txt"):
+        (folder / name).write_bytes(random.Random(name).randbytes(100))
+    settings_ = {**TINY, **overrides, "model_dim": 4 * overrides["num_heads"], "max_steps": 2, "inference_steps": 3}
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert main.main([f"--{name}={value}" for name, value in settings_.items()]) == 0
+    finally:
+        os.chdir(here)
+
+
+@pytest.mark.parametrize("prompt", [bytes(range(256)), b"\xff\xfe\x00", "ñ\ud800".encode(errors="surrogatepass")])
+def test_prompts_of_any_bytes(model, config, prompt):
+    (filled,) = main.fill_masks(model, [[*prompt, main.MASK]], config)
+    assert filled[:-1] == prompt
+
+
+def test_paths_with_spaces_and_other_scripts(tmp_path):
+    folder = tmp_path / "été 日本 x"
+    folder.mkdir()
+    (folder / "mein Text.txt").write_bytes(bytes(range(256)) * 8)
+    run_dir, console = train_tiny(folder, "--max_steps=1", "--train_data_file=mein Text.txt", "--name=Versuch 1 ü")
+    assert str(run_dir.resolve()) in console
+    done = run_main(folder, "generate", "--checkpoint", str(run_dir), "--response_length=4")
+    assert done.returncode == 0, done.stderr
+
+
+def torchrun(folder, processes, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", str(ROOT / "main.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_run_goes_on_with_another_number_of_processes_as_if_nothing_had_happened(text_folder):
+    """The same global batch: 8 rows in one process, 4 in each of two."""
+    common = [*TINY_FLAGS, "--num_samples=0", "--max_steps=12", "--warmup_steps=2", "--checkpoint_every=6"]
+    one, two = [*common, "--name=one"], [*common, "--name=two", "--batch_size=4"]
+    assert run_main(text_folder, *one).returncode == 0
+    assert torchrun(text_folder, 2, *two).wait(timeout=120) == 0
+    runs = {name: next(text_folder.glob(f"runs/{name}_*")) for name in ("one", "two")}
+    whole = {name: main.read_checkpoint(run / "latest.pt") for name, run in runs.items()}
+    compare_weights(whole["one"], whole["two"])
+    for run in runs.values():
+        assert main.read_checkpoint(run / "previous.pt")["step"] == 6
+        shutil.copy(run / "previous.pt", run / "latest.pt")
+    assert torchrun(text_folder, 2, f"--resume={runs['one']}", "--batch_size=4").wait(timeout=120) == 0
+    assert run_main(text_folder, f"--resume={runs['two']}", "--batch_size=8").returncode == 0
+    for name, run in runs.items():
+        compare_weights(main.read_checkpoint(run / "latest.pt"), whole[name])
+
+
+def compare_weights(one, two):
+    assert one["step"] == two["step"]
+    for kind in ("model", "ema"):
+        for name, tensor in one[kind].items():
+            torch.testing.assert_close(tensor, two[kind][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_process_that_dies_ends_the_whole_run_in_order_and_it_can_go_on(text_folder):
+    process = torchrun(text_folder, 2, *QUICK)
+    wait_for(lambda: list(text_folder.glob("runs/*/previous.pt")))
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    killed = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert "another process is gone; go on with --resume auto" in output or "stopped at step" in output
+    step = main.read_checkpoint(next(text_folder.glob("runs/*/latest.pt")))["step"]
+    done = run_main(text_folder, "--resume", "auto", f"--max_steps={step + 2}")
+    assert done.returncode == 0, done.stderr
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_two_thousand_steps_leak_no_memory_no_files_and_no_threads(text_folder, monkeypatch):
+    monkeypatch.chdir(text_folder)
+    seen = []
+    original = main.StepLog.write
+
+    def watch(log):
+        original(log)
+        gc.collect()
+        seen.append((resident_bytes(), len(os.listdir("/proc/self/fd")), threading.active_count()))
+
+    monkeypatch.setattr(main.StepLog, "write", watch)
+    flags = [*TINY_FLAGS, "--max_steps=2000", "--validate_every=500", "--num_samples=1", "--inference_steps=2"]
+    assert main.main([*flags, "--log_every=100", "--checkpoint_every=100"]) == 0
+    memory, files, threads = zip(*seen[5:])  # after the first validation
+    assert max(memory) - memory[0] < 30e6
+    assert max(files) <= files[0] + 2, files  # TensorBoard opens its file anew for each write
+    assert max(threads) == threads[0]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_data_loader_workers_end_with_a_parent_that_was_killed(text_folder):
+    process = start_main(text_folder, *QUICK, "--num_workers=2")
+    wait_for(lambda: list(text_folder.glob("runs/*/latest.pt")))
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    workers = children.stdout.split()
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers), seconds=20)
+
+
+def test_files_are_made_with_the_modes_that_the_user_has_set(text_folder):
+    command = f"umask 077; exec '{sys.executable}' '{ROOT / 'main.py'}' --max_steps=1 {' '.join(TINY_FLAGS)}"
+    done = subprocess.run(["bash", "-c", command], cwd=text_folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for path in (text_folder / "runs").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path

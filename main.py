@@ -81,7 +81,10 @@ class CONFIG:
     model_dim: int = by_size(cpu=128, gpu=384)  # [D] width of the residual stream
     num_layers: int = by_size(cpu=4, gpu=6)  # transformer blocks
     num_heads: int = by_size(cpu=4, gpu=6)  # [H] attention heads; model_dim / num_heads must be even for RoPE
-    kv_latent_dim: int = by_size(cpu=64, gpu=256)  # [R] latent from which keys and values are decompressed
+    kv_latent_dim: int = by_size(cpu=64, gpu=256)  # [R] latent of keys and values (kv_lora_rank); not of mha
+    qk_nope_head_dim: int = by_size(cpu=24, gpu=48)  # of mla: part of a head's query and key that RoPE leaves
+    qk_rope_head_dim: int = by_size(cpu=8, gpu=16)  # of mla: part that it turns, even; all heads share its key
+    v_head_dim: int = by_size(cpu=32, gpu=64)  # of mla: width of a head's value
     ffn_dim: int = by_size(cpu=352, gpu=1024)  # hidden width of the feed-forward network, usually 8/3 of model_dim
     max_length: int = by_size(cpu=128, gpu=256)  # [L] bytes of context
     batch_size: int = by_size(cpu=16, gpu=64)  # [B] sequences per process and micro-batch
@@ -98,6 +101,8 @@ class CONFIG:
     num_workers: int = 0  # DataLoader processes; 0 reads in the training process, fast enough from a local disk
 
     # Model
+    attention: str = "simplified_mla"  # or mla, as in DeepSeek-V2, or mha, ordinary multi-head attention
+    q_lora_rank: int = 0  # of mla: latent from which the queries come; 0: direct
     conv_width: int = 9  # bytes, odd: depthwise convolution before each block; 0: the plain transformer of the papers
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
@@ -159,6 +164,7 @@ class CONFIG:
                 require(value > 0, name, value, "above 0")
         even = self.model_dim % (2 * self.num_heads) == 0
         require(even, "num_heads", self.num_heads, f"so that model_dim={self.model_dim} / num_heads is even")
+        require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim, "even")
         require(self.seed < 2**63, "seed", self.seed, "below 2^63")
         fits = self.max_length <= self.rope_max_length_buffer
         require(fits, "max_length", self.max_length, f"at most rope_max_length_buffer={self.rope_max_length_buffer}")
@@ -176,10 +182,11 @@ class CONFIG:
 AMP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STRATEGIES = ("random", "low_confidence", "margin", "entropy", "threshold", "entropy_bound")
 CHOICES = {"remasking": STRATEGIES, "commit_schedule": ("linear", "cosine"), "amp_dtype": tuple(AMP_DTYPES)}
+CHOICES |= {"attention": ("simplified_mla", "mla", "mha")}
 SHARES = {"dropout", "ema_decay", "random_length_prob", "remask_share"}
 MAY_BE_0 = {"seed", "num_workers", "conv_width", "mask_ratio_std", "muon_learning_rate", "weight_decay", "warmup_steps"}
 MAY_BE_0 |= {"max_minutes", "entropy_bound", "temperature", "guidance_scale", "block_length", "cache_refresh"}
-MAY_BE_0 |= {"num_samples"}
+MAY_BE_0 |= {"num_samples", "q_lora_rank"}
 
 
 def require(condition, name, value, accepted):
@@ -410,9 +417,32 @@ def apply_rope(x, freqs_cis):
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-class SimplifiedMLAttention(nn.Module):
+class Attention(nn.Module):
+    """What the three kinds of attention share: `compress` says which numbers of a position they keep (and the sampler
+    caches), `project` how queries, keys and values come from them. All are bidirectional."""
+
+    def forward(self, x, freqs_cis, attention_mask=None, cache=None):
+        kept, query_freqs = self.compress(x), freqs_cis  # [B, L, numbers kept]
+        if cache:  # x may be the cache's window alone: its queries look at what is kept of all positions
+            kept = cache.all_kept(kept)
+            query_freqs = freqs_cis if x.shape[1] == len(freqs_cis) else freqs_cis[cache.window]
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, L], the same for all heads and queries
+        out = self.attend(x, kept, query_freqs, freqs_cis, attention_mask)  # [B, H, L, d]
+        return self.wo(out.transpose(1, 2).flatten(-2))  # [B, L, D]
+
+    def attend(self, x, kept, query_freqs, freqs_cis, attention_mask):
+        q, k, v = map(self.split_heads, self.project(x, kept))
+        q, k = apply_rope(q, query_freqs), apply_rope(k, freqs_cis)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, L, d]
+
+
+class SimplifiedMLAttention(Attention):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) at its simplest: keys and values are decompressed
-    from one small latent per position; queries are direct, and RoPE turns whole heads. Bidirectional."""
+    from one small latent per position; queries are direct, and RoPE turns whole heads."""
 
     def __init__(self, config):
         super().__init__()
@@ -423,21 +453,66 @@ class SimplifiedMLAttention(nn.Module):
         self.wv = nn.Linear(R, D, bias=False)
         self.wo = nn.Linear(D, D, bias=False)
 
-    def forward(self, x, freqs_cis, attention_mask=None, cache=None):
-        latent = self.w_latent(x)  # [B, L, R]
-        query_freqs = freqs_cis
-        if cache:  # x may be the cache's window alone: its queries look at the latents of all positions
-            latent = cache.all_latents(latent)
-            query_freqs = freqs_cis if x.shape[1] == len(freqs_cis) else freqs_cis[cache.window]
-        q, k, v = (
-            projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, L, d]
-            for projected in (self.wq(x), self.wk(latent), self.wv(latent))
-        )
-        q, k = apply_rope(q, query_freqs), apply_rope(k, freqs_cis)
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, L], the same for all heads and queries
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
-        return self.wo(out.transpose(1, 2).flatten(-2))  # [B, L, D]
+    def compress(self, x):
+        return self.w_latent(x)  # [B, L, R]
+
+    def project(self, x, latent):
+        return self.wq(x), self.wk(latent), self.wv(latent)  # [B, L, D] each
+
+
+class MultiHeadAttention(Attention):
+    """Ordinary attention (arXiv 1706.03762) with RoPE on whole heads, the control: it keeps keys and values."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.num_heads = config.model_dim, config.num_heads
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(D, D, bias=False) for _ in range(4))
+
+    def compress(self, x):
+        return torch.cat([self.wk(x), self.wv(x)], dim=-1)  # [B, L, 2 D]
+
+    def project(self, x, keys_values):
+        return self.wq(x), *keys_values.chunk(2, dim=-1)
+
+
+class MultiHeadLatentAttention(Attention):
+    """Multi-head latent attention in full (DeepSeek-V2, arXiv 2405.04434, sec. 2.1; the names are those of its code):
+    RMSNorm on the latents, and RoPE apart from them, on a part of each query and on one key that all heads share."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, R, H, Q = config.model_dim, config.kv_latent_dim, config.num_heads, config.q_lora_rank
+        self.num_heads, self.nope_dim, self.rope_dim = H, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.wq_a = nn.Sequential(nn.Linear(D, Q, bias=False), RMSNorm(Q)) if Q else nn.Identity()
+        self.wq_b = nn.Linear(Q or D, H * (self.nope_dim + self.rope_dim), bias=False)
+        self.wkv_a = nn.Linear(D, R + self.rope_dim, bias=False)
+        self.kv_norm = RMSNorm(R)
+        self.wk_b = nn.Linear(R, H * self.nope_dim, bias=False)
+        self.wv_b = nn.Linear(R, H * config.v_head_dim, bias=False)
+        self.wo = nn.Linear(H * config.v_head_dim, D, bias=False)
+
+    def compress(self, x):
+        latent, k_rope = self.wkv_a(x).split([self.wk_b.in_features, self.rope_dim], dim=-1)
+        return torch.cat([self.kv_norm(latent), k_rope], dim=-1)  # [B, L, R + rope_dim]
+
+    def attend(self, x, kept, query_freqs, freqs_cis, attention_mask):
+        q_nope, q_rope = self.split_heads(self.wq_b(self.wq_a(x))).split([self.nope_dim, self.rope_dim], dim=-1)
+        latent, k_rope = kept.split([self.wk_b.in_features, self.rope_dim], dim=-1)
+        q_rope, k_rope = apply_rope(q_rope, query_freqs), apply_rope(k_rope[:, None], freqs_cis)  # [B, 1, L, rope_dim]
+        w_k, w_v = (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.wk_b, self.wv_b))  # [H, d, R]
+        is_window = x.shape[1] != kept.shape[1]
+        if is_window:  # few queries meet many latents: absorb W_k into the queries, W_v into what comes out
+            q_nope, k_nope, v = q_nope @ w_k, latent[:, None], latent[:, None]
+        else:
+            k_nope, v = self.split_heads(self.wk_b(latent)), self.split_heads(self.wv_b(latent))
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        k = torch.cat([part.expand(-1, self.num_heads, -1, -1) for part in (k_nope, k_rope)], dim=-1)
+        v, scale = v.expand(-1, self.num_heads, -1, -1), (self.nope_dim + self.rope_dim) ** -0.5
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=scale)
+        return out @ w_v.mT if is_window else out  # [B, H, W, v_head_dim]
+
+
+ATTENTIONS = {"simplified_mla": SimplifiedMLAttention, "mla": MultiHeadLatentAttention, "mha": MultiHeadAttention}
 
 
 def mish(x):
@@ -481,10 +556,10 @@ class LatentCache:
     and, for the convolution, the residual stream [B, conv_width // 2, D] on either side of the window."""
 
     def __init__(self, window, conv_width):
-        self.window, self.reach, self.latent = window, conv_width // 2, None
+        self.window, self.reach, self.kept = window, conv_width // 2, None
 
     def with_neighbours(self, x):
-        if self.latent is None:  # the pass over the whole canvas
+        if self.kept is None:  # the pass over the whole canvas
             padded = F.pad(x, (0, 0, self.reach, self.reach))
             start, stop = self.window.start, self.window.stop
             self.left = padded[:, start : start + self.reach].clone()
@@ -492,12 +567,12 @@ class LatentCache:
             return padded
         return torch.cat([self.left, x, self.right], dim=1)
 
-    def all_latents(self, latent):
-        if self.latent is None:
-            self.latent = latent
+    def all_kept(self, kept):
+        if self.kept is None:
+            self.kept = kept
         else:
-            self.latent[:, self.window] = latent
-        return self.latent
+            self.kept[:, self.window] = kept
+        return self.kept
 
 
 class TransformerBlock(nn.Module):
@@ -506,7 +581,7 @@ class TransformerBlock(nn.Module):
         width, model_dim = config.conv_width, config.model_dim
         self.convolution = DepthwiseConvolution(width, model_dim) if width else None
         self.attention_norm = RMSNorm(config.model_dim)
-        self.attention = SimplifiedMLAttention(config)
+        self.attention = ATTENTIONS[config.attention](config)
         self.ffn_norm = RMSNorm(config.model_dim)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -531,13 +606,16 @@ class MaskPredictor(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim)
         self.output = nn.Linear(config.model_dim, NUM_BYTES, bias=False)
-        table = rope_table(config.rope_max_length_buffer, config.model_dim // config.num_heads, config.rope_theta)
+        rope_dim = config.qk_rope_head_dim if config.attention == "mla" else config.model_dim // config.num_heads
+        table = rope_table(config.rope_max_length_buffer, rope_dim, config.rope_theta)
         self.register_buffer("freqs_cis", table, persistent=False)
-        for name, parameter in self.named_parameters():
-            if name.endswith(("wo.weight", "w2.weight", "output.weight")):
-                nn.init.zeros_(parameter)  # each block starts as the identity, the first prediction is uniform: 8 bits
-            elif name.endswith(("wq.weight", "w_latent.weight", "wk.weight", "wv.weight", "w1.weight", "w3.weight")):
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)  # the embedding keeps PyTorch's N(0, 1)
+        for name, module in self.named_modules():  # the embedding keeps PyTorch's N(0, 1)
+            if name.endswith(("wo", "w2", "output")):
+                nn.init.zeros_(
+                    module.weight
+                )  # each block starts as the identity, the first prediction is uniform: 8 bits
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
     def forward(self, tokens, attention_mask=None):
         """Logits of the byte at each position.
@@ -569,7 +647,7 @@ class MaskPredictor(nn.Module):
         if attention_mask is not None:  # a row of nothing but PAD sees itself: no NaN
             attention_mask = attention_mask | ~attention_mask.any(dim=1, keepdim=True)
         caches = caches or [None] * len(self.layers)
-        if caches[0] and caches[0].latent is not None:
+        if caches[0] and caches[0].kept is not None:
             tokens = tokens[:, caches[0].window]
         x = self.tok_embeddings(tokens)  # [B, L, D]
         for layer, cache in zip(self.layers, caches):
@@ -1337,13 +1415,12 @@ def say(text):
 
 
 class Writer:
-    """TensorBoard's writer; silent on every process but the first, and after a warning once the disk is full."""
+    """TensorBoard's writer; silent on every process but the first, and after a warning once the disk is full.
+    Resumed runs give a purge_step: what they wrote from it on is no longer shown."""
 
-    def __init__(self, folder, first_step=None):
-        """What a run that is resumed at first_step wrote after it is no longer shown."""
+    def __init__(self, folder, purge_step=None):
         from torch.utils.tensorboard import SummaryWriter  # imported late: it takes seconds
 
-        purge_step = None if first_step is None else first_step + 1
         self.writer = SummaryWriter(folder, purge_step=purge_step) if rank() == 0 else None
 
     def __getattr__(self, name):
@@ -1530,7 +1607,7 @@ def announce(config, state, train_set, validation_set, run_dir, trial_seconds):
 
 
 def validate(state, train_set, validation_set, log):
-    """Bounds and samples of the averaged weights, to console, TensorBoard and samples.txt; keeps the best one."""
+    """Bounds and samples of the averaged weights, to console, TensorBoard and samples.txt; saves best.pt."""
     started = time.monotonic()
     config, model, step, writer = state.config, state.ema, state.step, log.writer
     train_bound, _ = estimate_nelbo(model, train_set.in_file_order(), config.validation_bytes)
@@ -1550,25 +1627,29 @@ def validate(state, train_set, validation_set, log):
         writer.add_scalar(f"bits_by_mask_ratio/to_{end:03d}_percent", bits, step)
         writer.add_scalar(f"hits_by_mask_ratio/to_{end:03d}_percent", hits, step)
     writer.add_image("bits_by_mask_ratio", bar_chart([bits for _, bits, _ in bins]), step, dataformats="HW")
-    canvases = []  # of the first sample
-    samples = continue_validation_prompts(model, validation_set, config, lambda x: canvases.append(x[0].clone()))
-    report = f"## step {step:,}: bound {bound:.3f} bits per byte\n\n"
+    show_samples(state, validation_set, log, f"## step {step:,}: bound {bound:.3f} bits per byte\n\n")
+    if is_best:
+        save_checkpoint(log.run_dir, "best.pt", state)
+    log.validating += time.monotonic() - started
+
+
+def show_samples(state, validation_set, log, report):
+    """Continued prompts beside the truth, and how the first of them came about."""
+    canvases, config = [], state.config
+    samples = continue_validation_prompts(state.ema, validation_set, config, lambda x: canvases.append(x[0].clone()))
     for texts in samples:
         for title, text in zip(("prompt", "model", "truth"), texts):
             say(f"    {title:<6}  {text.decode(errors='replace')!r}")
             report += as_code(title, text.decode(errors="replace"))
+    for number in range(1, len(canvases), math.ceil(len(canvases) / 4) or 1):
+        title = f"the first sample after {number} of {len(canvases) - 1} steps"
+        report += as_code(title, show_masks(canvases[number].tolist()))
     if canvases:
-        for number in range(1, len(canvases), math.ceil(len(canvases) / 4)):
-            title = f"the first sample after {number} of {len(canvases) - 1} steps"
-            report += as_code(title, show_masks(canvases[number].tolist()))
         order = commit_order(canvases).repeat_interleave(4, 0).repeat_interleave(4, 1)
-        writer.add_image("commit_order", order, step, dataformats="HW")
-    writer.add_text("samples", report, step)
-    with open(log.run_dir / "samples.txt", "a", encoding="utf-8") as file:
+        log.writer.add_image("commit_order", order, state.step, dataformats="HW")
+    log.writer.add_text("samples", report, state.step)
+    with suppress(OSError), open(log.run_dir / "samples.txt", "a", encoding="utf-8") as file:  # a disk may be full
         file.write(report)
-    if is_best:
-        save_checkpoint(log.run_dir, "best.pt", state)
-    log.validating += time.monotonic() - started
 
 
 def as_code(title, text):
@@ -1671,8 +1752,8 @@ class StepLog:
 
     def __init__(self, state, run_dir):
         self.state, self.config, self.run_dir, self.next_line, self.validating = state, state.config, run_dir, 0.0, 0.0
-        self.writer = Writer(run_dir, state.step)
-        self.by_bytes = Writer(run_dir and run_dir / "by_bytes", state.step * bytes_per_step(state.config))
+        self.writer = Writer(run_dir, state.step + 1)
+        self.by_bytes = Writer(run_dir and run_dir / "by_bytes", state.step * bytes_per_step(state.config) + 1)
         describe_run(self.writer, state.config, state.step)
         self.bar = tqdm(
             total=self.config.max_steps,
@@ -1835,8 +1916,12 @@ def seconds_of(function, config):
 def flops_per_byte(model, config):
     """Of training: 6 for each weight of a matrix product and 12 L D for each layer's attention, the usual count (PaLM,
     arXiv 2204.02311, appendix B). Looking up embeddings costs none."""
+    if config.attention == "mla":
+        width = config.num_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
+    else:
+        width = config.model_dim
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    return 6 * weights + 12 * config.num_layers * config.max_length * config.model_dim
+    return 6 * weights + 12 * config.num_layers * config.max_length * width
 
 
 def trace_parts(state, train_step, trace_file, steps=5):

@@ -127,7 +127,7 @@ def frontier():
         )
     cache = model.latent_caches(slice(0, block))
     model.hidden(torch.full((1, length), main.MASK, device=next(model.parameters()).device), None, cache)
-    latents = sum(c.latent.nbytes + c.left.nbytes + c.right.nbytes for c in cache)
+    latents = sum(c.kept.nbytes + c.left.nbytes + c.right.nbytes for c in cache)
     keys_values = 2 * length * config.model_dim * config.num_layers * 4
     print(f"cache: {latents:,} bytes of latents and edges; keys and values would take {keys_values:,}")
 

@@ -5,51 +5,112 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, random_model
 
 import main
 
+KINDS = [{"attention": "simplified_mla"}, {"attention": "mha"}, {"attention": "mla"}]
+KINDS += [{"attention": "mla", "q_lora_rank": 12, "qk_rope_head_dim": 4, "v_head_dim": 10}]
 
-def naive_attention(attention, x, theta, visible=None):
+
+@pytest.fixture(params=KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+def kind(request):
+    return request.param
+
+
+def rms_norm(x):
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+
+def naive_queries_keys_values(attention, x):
+    """[B, L, H, d] each, and how many of the last numbers of queries and keys RoPE turns; from the papers' equations."""
+    H, weights = attention.num_heads, {name: p.detach() for name, p in attention.named_parameters()}
+
+    def linear(y, name):
+        return torch.einsum("bli,oi->blo", y, weights[name + ".weight"])
+
+    def heads(y):
+        return y.view(*y.shape[:2], H, -1)
+
+    if isinstance(attention, main.MultiHeadLatentAttention):
+        compressed_q = rms_norm(linear(x, "wq_a.0")) * weights["wq_a.1.weight"] if "wq_a.0.weight" in weights else x
+        compressed_kv = linear(x, "wkv_a")
+        rope = attention.rope_dim
+        latent = rms_norm(compressed_kv[..., :-rope]) * weights["kv_norm.weight"]
+        shared = compressed_kv[..., None, -rope:].expand(-1, -1, H, -1)
+        k = torch.cat([heads(linear(latent, "wk_b")), shared], dim=-1)
+        return heads(linear(compressed_q, "wq_b")), k, heads(linear(latent, "wv_b")), rope
+    latent = linear(x, "w_latent") if "w_latent.weight" in weights else x
+    q, k, v = heads(linear(x, "wq")), heads(linear(latent, "wk")), heads(linear(latent, "wv"))
+    return q, k, v, q.shape[-1]
+
+
+def naive_attention(attention, x, theta, visible):
     """Attention from its definition: one head, one query, one complex rotation at a time."""
-    B, L, D = x.shape
-    H = attention.num_heads
-    d = D // H
-    latent = torch.einsum("bld,rd->blr", x, attention.w_latent.weight)
-    q = torch.einsum("bld,ed->ble", x, attention.wq.weight).view(B, L, H, d)
-    k = torch.einsum("blr,er->ble", latent, attention.wk.weight).view(B, L, H, d)
-    v = torch.einsum("blr,er->ble", latent, attention.wv.weight).view(B, L, H, d)
-    frequencies = theta ** (-2 * torch.arange(d // 2).double() / d)
-    angle = torch.polar(torch.ones(L, d // 2).double(), torch.arange(L).double()[:, None] * frequencies)
-    rotate = [
-        torch.complex(y[..., : d // 2].double(), y[..., d // 2 :].double()) * angle[None, :, None] for y in (q, k)
-    ]
-    out = torch.zeros(B, L, H, d)
+    q, k, v, rope = naive_queries_keys_values(attention, x)
+    (B, L, H, d), half = q.shape, rope // 2
+    frequencies = theta ** (-torch.arange(half).double() / half)
+    angle = torch.polar(torch.ones(L, half).double(), torch.arange(L).double()[:, None] * frequencies)
+
+    def rotate(y):
+        turned = y[..., d - rope :].double()
+        return torch.complex(turned[..., :half], turned[..., half:]) * angle[None, :, None]
+
+    out = torch.zeros(B, L, H, v.shape[-1])
+    turned_q, turned_k = rotate(q), rotate(k)
     for b in range(B):
         for h in range(H):
             for i in range(L):
-                scores = (rotate[0][b, i, h] * rotate[1][b, :, h].conj()).real.sum(-1) / math.sqrt(d)
-                if visible is not None:
-                    scores = scores.masked_fill(~visible[b], -torch.inf)
+                scores = (turned_q[b, i, h] * turned_k[b, :, h].conj()).real.sum(-1)
+                scores = scores + (q[b, i, h, : d - rope] * k[b, :, h, : d - rope]).sum(-1)
+                scores = (scores / math.sqrt(d)).masked_fill(~visible[b], -torch.inf)
                 out[b, i, h] = (scores.softmax(-1).float()[:, None] * v[b, :, h]).sum(0)
-    return torch.einsum("ble,de->bld", out.reshape(B, L, D), attention.wo.weight)
+    return torch.einsum("ble,de->bld", out.reshape(B, L, -1), attention.wo.weight)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_equals_a_naive_loop(config, model, masked):
+def test_attention_equals_a_naive_loop(kind, masked):
+    config = main.CONFIG(**TINY, **kind)
+    model = random_model(config)
     attention = model.layers[0].attention
+    for parameter in attention.parameters():  # the norms' weights too
+        torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 7, config.model_dim)
     visible = torch.ones(2, 7, dtype=torch.bool)
     if masked:
         visible[0, 5:] = visible[1, 0] = False
-    mask = visible if masked else None
-    torch.testing.assert_close(
-        attention(x, model.freqs_cis[:7], mask),
-        naive_attention(attention, x, config.rope_theta, visible),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    ours = attention(x, model.freqs_cis[:7], visible if masked else None)
+    torch.testing.assert_close(ours, naive_attention(attention, x, config.rope_theta, visible), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_depends_on_distances_only(kind):
+    """The same vectors further on in the table: queries and keys turn alike."""
+    model = random_model(main.CONFIG(**TINY, **kind))
+    attention, x = model.layers[0].attention, torch.randn(2, 7, 32)
+    here, there = (attention(x, model.freqs_cis[start : start + 7]) for start in (0, 40))
+    torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_numbers_kept_of_a_position(kind):
+    config = main.CONFIG(**TINY, **kind)
+    kept = random_model(config).layers[0].attention.compress(torch.randn(1, 3, 32)).shape[-1]
+    assert kept == {"simplified_mla": 16, "mha": 64, "mla": 16 + config.qk_rope_head_dim}[config.attention]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [slice(0, 3), slice(4, 7), slice(2, 3)])
+def test_a_window_of_queries_gets_what_all_queries_get(kind, window):
+    """For mla this is the absorbed form against the plain one."""
+    model = random_model(main.CONFIG(**TINY, **kind))
+    attention, x = model.layers[0].attention, torch.randn(2, 7, 32)
+    mask = torch.tensor([[True] * 7, [False] * 2 + [True] * 5])
+    cache = main.LatentCache(window, 0)
+    whole = attention(x, model.freqs_cis[:7], mask, cache)
+    part = attention(x[:, window], model.freqs_cis[:7], mask, cache)
+    torch.testing.assert_close(part, whole[:, window], rtol=1e-4, atol=1e-5)
 
 
 def test_rope_scores_depend_on_the_distance_only():
@@ -98,7 +159,8 @@ def test_the_feed_forward_network_is_gated_by_mish(model):
 
 
 @torch.no_grad()
-def test_every_position_sees_every_other(model):
+def test_every_position_sees_every_other(kind):
+    model = random_model(main.CONFIG(**TINY, **kind))
     tokens = torch.randint(0, 256, (1, 9))
     before = model(tokens)
     for changed in (0, 4, 8):
@@ -109,7 +171,8 @@ def test_every_position_sees_every_other(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("given_mask", [False, True])
-def test_padding_changes_no_other_position(model, given_mask):
+def test_padding_changes_no_other_position(kind, given_mask):
+    model = random_model(main.CONFIG(**TINY, **kind))
     tokens = torch.randint(0, 256, (2, 9))
     padded = F.pad(tokens, (0, 5), value=main.PAD)
     mask = padded != main.PAD if given_mask else None

@@ -299,6 +299,8 @@ def test_any_command_line_runs_or_is_refused_in_one_line(arguments, tmp_path, mo
             "kv_latent_dim": st.integers(1, 9),
             "ffn_dim": st.integers(1, 9),
             "conv_width": st.sampled_from([0, 1, 3, 9]),
+            "attention": st.sampled_from(["simplified_mla", "mla", "mha"]),
+            "q_lora_rank": st.sampled_from([0, 5]),
             "gradient_accumulation_steps": st.integers(1, 3),
             "random_length_prob": st.sampled_from([0.0, 0.9]),
             "dropout": st.sampled_from([0.0, 0.9]),

@@ -291,10 +291,10 @@ def test_prompts_of_different_lengths_in_a_batch_come_out_as_one_by_one(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("conv_width", [0, 1, 5])
+@pytest.mark.parametrize("conv_width, attention", [(0, "mla"), (1, "simplified_mla"), (5, "mha"), (5, "mla")])
 @pytest.mark.parametrize("window", [slice(0, 6), slice(5, 12), slice(9, 20), slice(0, 20)])
-def test_a_block_computed_from_the_latent_cache_has_the_logits_of_the_whole_pass(conv_width, window):
-    model = random_model(settings(conv_width=conv_width))
+def test_a_block_computed_from_the_latent_cache_has_the_logits_of_the_whole_pass(conv_width, attention, window):
+    model = random_model(settings(conv_width=conv_width, attention=attention))
     tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
     tokens[1, :3] = main.PAD
     attention_mask = tokens != main.PAD

@@ -10,7 +10,8 @@
     torchrun --nproc_per_node=8 main.py                   the same training on eight GPUs
 
 The idea: hide k of the L bytes of a text behind a MASK, let a bidirectional transformer predict all of them at once,
-and train it for every k from 1 to L. Such a model writes by starting from nothing but MASK, uncovered bit by bit.
+and train it for every k from 1 to L. Such a model writes by starting from nothing but MASK and uncovering it, surest
+bytes first.
 
 Shapes: B sequences, L bytes each, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values.
 
@@ -34,7 +35,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-PAD, MASK, UNK = 256, 257, 258  # special ids of the input embedding; the output has 256 classes and cannot produce them
+PAD, MASK, UNK = 256, 257, 258  # input embedding alone: the output has 256 rows. UNK is free, all bytes are known
 NUM_BYTES, NUM_TOKENS = 256, 259
 BITS_PER_NAT = 1 / math.log(2)
 
@@ -71,11 +72,7 @@ def by_size(cpu, gpu):
 
 @dataclass
 class CONFIG:
-    """All settings of a run, checked on creation.
-
-    Raises:
-        InputError: names the field, what is wrong with it and what it accepts.
-    """
+    """All settings of a run, checked on creation: an InputError names the field, its value and what it accepts."""
 
     # The two default sizes: 0.8 M parameters for ten minutes on a laptop, 10.7 M for a GPU
     model_dim: int = by_size(cpu=128, gpu=384)  # [D] width of the residual stream
@@ -95,21 +92,23 @@ class CONFIG:
     validation_bytes: int = by_size(cpu=32768, gpu=524288)  # at most this much of the validation text each time
 
     # Data
-    train_data_file: str = "train.txt"  # training text, any bytes; a starter corpus is written if it is missing
-    validation_data_file: str = "validation.txt"  # if missing, the last 5 % of the training text are held out
+    train_data_file: str = "train.txt"  # training text, any bytes; without both files a starter corpus is written
+    validation_data_file: str = "validation.txt"  # without it the last 5 % of the training text are held out
     random_length_prob: float = 0.01  # share of steps on shorter sequences, so that the model knows short texts too
     num_workers: int = 0  # DataLoader processes; 0 reads in the training process, fast enough from a local disk
 
     # Model
     attention: str = "simplified_mla"  # or mla, as in DeepSeek-V2, or mha, ordinary multi-head attention
     q_lora_rank: int = 0  # of mla: latent from which the queries come; 0: direct
-    conv_width: int = 9  # bytes, odd: depthwise convolution before each block; 0: the plain transformer of the papers
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
 
-    # Optimization
-    muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the blocks; 0: AdamW for all
+    # Not in the papers: what makes the model learn faster (README, Results); 0 switches each off
+    conv_width: int = 9  # bytes, odd: depthwise convolution before each block
     mask_ratio_std: float = 0.1  # training draws the share of masks from a normal around 1/2; 0: uniform, the bound
+    muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the blocks; 0: AdamW for all
+
+    # Optimization
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     gradient_clip_val: float = 1.0  # largest global gradient norm
     weight_decay: float = 0.1  # of AdamW, decoupled, on matrices only; Muon's matrices have none
@@ -118,9 +117,7 @@ class CONFIG:
 
     # Sampling
     remasking: str = "low_confidence"  # which masks are filled first: see `score_positions`
-    inference_steps: int = (
-        256  # forward passes per response, one or more for each block; not of the last two strategies
-    )
+    inference_steps: int = 256  # forward passes per response, shared by its blocks; not of threshold, entropy_bound
     commit_schedule: str = "linear"  # how many bytes each of them commits: linear; cosine begins slowly
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are committed
     entropy_bound: float = 1.0  # nats, of the strategy entropy_bound: higher commits more bytes at once
@@ -175,8 +172,7 @@ class CONFIG:
             unplanned = f"the default with remasking={self.remasking}"
             require(self.commit_schedule == "linear", "commit_schedule", self.commit_schedule, unplanned)
             require(not self.remask_share, "remask_share", self.remask_share, unplanned)
-        is_plain = re.fullmatch(r"[^/\\\0]+", self.name) and self.name not in (".", "..")
-        require(is_plain, "name", self.name, "a plain folder name without slashes")
+        require(re.fullmatch(r"[^/\\\0]+", self.name), "name", self.name, "a plain folder name without slashes")
 
 
 AMP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -198,51 +194,38 @@ def check_type(name, value, expected):
     """`value` as the field's type; an int passes for a float, nothing else is converted."""
     if expected is float and type(value) is int:
         value = float(value)
-    if type(value) is not expected or (expected is float and not math.isfinite(value)):
-        raise InputError(f"{name}={value!r} is not possible: it must be of type {expected.__name__} and finite")
+    fits = type(value) is expected and (expected is not float or math.isfinite(value))
+    require(fits, name, value, "a finite number" if expected is float else f"of type {expected.__name__}")
     return value
 
 
 def resolve_device(name):
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    require(re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(name)), "device", name, "auto, cpu, cuda, cuda:N or mps")
     num_gpus = torch.cuda.device_count()
-    if name.startswith("cuda") and (torch.device(name).index or 0) >= num_gpus:
-        raise InputError(f"device={name!r} is not there: this torch sees {num_gpus} CUDA GPUs; use cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device='mps' is not there: this torch sees no Apple GPU; use cpu")
-    return name
+    devices = ["cuda"] * (num_gpus > 0) + [f"cuda:{number}" for number in range(num_gpus)]
+    devices += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    require(name in ("auto", *devices), "device", name, "auto or what torch finds here: " + ", ".join(devices))
+    return devices[0] if name == "auto" else name
 
 
 # === Data: a file of bytes becomes batches of x0 [B, L] ===============================================================
 
 
 class ByteLevelTextDataset(Dataset):
-    """Sequences of `max_length` bytes of a file, as int64 tensors [max_length] with values 0..255 (and PAD).
+    """Sequences of `max_length` bytes of a file, or of its bytes start..stop: int64 [max_length], 0..255 and PAD.
 
     The file is mapped into memory, so its size does not matter. With a `seed`, index i is the i-th sequence of an
     endless stream of epochs: each epoch cuts the file anew, at a random phase (the file is taken as a circle), and
     visits the pieces in a pseudo-random order that takes no memory. With `seed=None` the pieces come in file order.
-    Either way each epoch of `len(self)` sequences holds every byte exactly once; the remainder of the file makes one
-    shorter sequence, filled up with PAD.
-
-    Args:
-        start, stop: the range of bytes of the file to use (default: all of it).
-
-    Raises:
-        InputError: the file is missing, unreadable or shorter than `max_length`.
+    Either way an epoch of `len(self)` sequences holds every byte once, the last few in a sequence filled up with PAD.
+    Raises InputError if the file is missing, unreadable or shorter than `max_length`.
     """
 
     def __init__(self, path, max_length, seed=None, start=0, stop=None):
         self.path, self.max_length, self.seed, self.start, self.stop = str(path), max_length, seed, start, stop
         num_bytes = len(range(file_size(path))[start:stop])
         if num_bytes < max_length:
-            part = f" (from byte {start:,} on)" if start else ""
-            raise InputError(
-                f"{path}{part}: {num_bytes:,} bytes are less than one sequence of max_length={max_length:,}; "
-                "add text or lower --max_length"
-            )
+            found = f"{path}: {num_bytes:,} bytes" + (f" from byte {start:,} on" if start else "")
+            raise InputError(f"{found} are less than one sequence of max_length={max_length:,}; add text or lower it")
         self.file = open(path, "rb")  # noqa: SIM115  stays open, to see whether it shrinks
         self.size = os.fstat(self.file.fileno()).st_size
         mapping = mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ)
@@ -289,7 +272,7 @@ class ByteLevelTextDataset(Dataset):
 
 def permute(index, size, keys):
     """A pseudo-random bijection of range(size) without a table: a Feistel network over the next power of four, repeated
-    for the few indices that leave the range (Luby and Rackoff 1988; cycle walking as in Black and Rogaway 2002)."""
+    for the indices that leave the range (Luby and Rackoff 1988; cycle walking as in Black and Rogaway 2002)."""
     half = np.uint64(max(1, math.ceil((size - 1).bit_length() / 2)))
     low_bits = (np.uint64(1) << half) - np.uint64(1)
     index = index.astype(np.uint64)
@@ -307,8 +290,6 @@ def permute(index, size, keys):
 
 def file_size(path):
     try:
-        if Path(path).is_dir():
-            raise InputError(f"{path}: is a folder; give a text file")
         with open(path, "rb") as file:
             return file.seek(0, os.SEEK_END)
     except OSError as error:
@@ -339,37 +320,23 @@ def write_starter_corpus(config):
 DEFAULT_DATA_FILES = Path("train.txt"), Path("validation.txt")
 
 
-def holds_out(config):
-    """Whether the last 5 % of the training text are the validation text: if there is no other, or if only the training
-    text was chosen, since validation.txt is then likely of another kind."""
-    paths = Path(config.train_data_file), Path(config.validation_data_file)
-    return paths[1] == DEFAULT_DATA_FILES[1] and (paths[0] != DEFAULT_DATA_FILES[0] or not paths[1].exists())
-
-
-def held_out_start(config):
-    return file_size(config.train_data_file) * 95 // 100 if holds_out(config) else None
-
-
-def open_training_set(config):
-    return ByteLevelTextDataset(config.train_data_file, config.max_length, config.seed, stop=held_out_start(config))
-
-
-def open_validation_set(config):
-    if not holds_out(config):
-        return ByteLevelTextDataset(config.validation_data_file, config.max_length)
-    return ByteLevelTextDataset(config.train_data_file, config.max_length, start=held_out_start(config))
-
-
 def open_datasets(config):
-    """The (training, validation) datasets of a run."""
-    validation_set, train_set = open_validation_set(config), open_training_set(config)
-    if holds_out(config):
-        say(f"no validation text of its own: the last 5 % of {config.train_data_file} are held out for validation")
-    if len(train_set.bytes) == len(validation_set.bytes) and np.array_equal(train_set.bytes, validation_set.bytes):
-        say(f"warning: {train_set.path} and {validation_set.path} are the same text; the bound tells nothing new then")
-    starter_sizes = tuple(len(text) for text in starter_corpus())
+    """The (training, validation) datasets of a run. The last 5 % of the training text are the validation text if there
+    is no other, or if only the training text was chosen, since validation.txt is then likely of another kind."""
+    train_file, validation_file = Path(config.train_data_file), Path(config.validation_data_file)
+    has_no_partner = train_file != DEFAULT_DATA_FILES[0] or not validation_file.exists()
+    split = None
+    if has_no_partner and validation_file == DEFAULT_DATA_FILES[1]:
+        validation_file, split = train_file, file_size(train_file) * 95 // 100
+    validation_set = ByteLevelTextDataset(validation_file, config.max_length, start=split or 0)
+    train_set = ByteLevelTextDataset(train_file, config.max_length, config.seed, stop=split)
+    if split is not None:
+        say(f"no validation text of its own: the last 5 % of {train_file} are held out for validation")
+    if np.array_equal(train_set.bytes, validation_set.bytes):
+        say(f"warning: {train_file} and {validation_file} are the same text; the bound tells nothing new then")
+    starter_sizes = [len(text) for text in starter_corpus()]
     if len(validation_set.bytes) == starter_sizes[1] and len(train_set.bytes) != starter_sizes[0]:
-        say(f"warning: {validation_set.path} is the starter corpus, {train_set.path} is not; delete it to hold out 5 %")
+        say(f"warning: {validation_file} is the starter corpus, {train_file} is not; delete it to hold out 5 %")
     return train_set, validation_set
 
 
@@ -385,13 +352,9 @@ def batch_indices(config, first_step):
 
 
 def data_loader(dataset, config, first_step):
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_indices(config, first_step),
-        collate_fn=torch.as_tensor,  # the dataset already returns whole batches
-        num_workers=config.num_workers,
-        pin_memory=config.device.startswith("cuda"),
-    )
+    batches = batch_indices(config, first_step)  # the dataset returns each one whole: nothing is left to collate
+    options = {"num_workers": config.num_workers, "pin_memory": config.device.startswith("cuda")}
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=torch.as_tensor, **options)
 
 
 def derive_seed(*numbers):
@@ -404,28 +367,59 @@ def derive_seed(*numbers):
 
 
 def rope_table(length, head_dim, theta):
-    """freqs_cis [length, d/2, 2]: cosine and sine of position * theta^(-2i/d) (RoFormer, arXiv 2104.09864)."""
+    """freqs_cis [length, 2, d]: cosines and signed sines of position * theta^(-2i/d) (RoFormer, arXiv 2104.09864)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
     angles = torch.outer(torch.arange(length).double(), frequencies)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)], dim=1).float()
 
 
 def apply_rope(x, freqs_cis):
-    """Rotate the pairs (i, i + d/2) of x [B, H, L, d] by their position's angle, freqs_cis [L, d/2, 2]."""
-    cos, sin = freqs_cis.to(x.dtype).unbind(-1)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+    """Rotate the pairs (i, i + d/2) of x [B, H, L, d] by their position's angle, freqs_cis [L, 2, d]."""
+    cos, sin = freqs_cis.to(x.dtype).unbind(dim=1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # roll swaps the two halves
+
+
+class LatentCache:
+    """For fast sampling alone: in training every `cache` below is None.
+
+    What a layer keeps of a pass over the whole canvas, so that the next passes compute only the positions of `window`:
+    of every position what `Attention.compress` returned, [B, L, numbers kept] (not its K and V, which are 2 D / R times
+    larger), and for the convolution the residual stream [B, conv_width // 2, D] on either side of the window.
+    """
+
+    def __init__(self, window, conv_width):
+        self.window, self.reach, self.kept = window, conv_width // 2, None
+
+    def positions(self):
+        """Those that the pass to come computes: all of them in the first one."""
+        return slice(None) if self.kept is None else self.window
+
+    def with_neighbours(self, x):
+        if self.kept is not None:
+            return torch.cat([self.left, x, self.right], dim=1)
+        padded = F.pad(x, (0, 0, self.reach, self.reach))
+        start, stop = self.window.start, self.window.stop
+        self.left = padded[:, start : start + self.reach].clone()
+        self.right = padded[:, stop + self.reach : stop + 2 * self.reach].clone()
+        return padded
+
+    def update(self, kept):
+        if self.kept is None:
+            self.kept = kept
+        else:
+            self.kept[:, self.window] = kept
+        return self.kept
 
 
 class Attention(nn.Module):
     """What the three kinds of attention share: `compress` says which numbers of a position they keep (and the sampler
-    caches), `project` how queries, keys and values come from them. All are bidirectional."""
+    caches), `attend` what the queries of x make of all that is kept. All are bidirectional."""
 
     def forward(self, x, freqs_cis, attention_mask=None, cache=None):
-        kept, query_freqs = self.compress(x), freqs_cis  # [B, L, numbers kept]
-        if cache:  # x may be the cache's window alone: its queries look at what is kept of all positions
-            kept = cache.all_kept(kept)
-            query_freqs = freqs_cis if x.shape[1] == len(freqs_cis) else freqs_cis[cache.window]
+        query_freqs = freqs_cis[cache.positions()] if cache else freqs_cis
+        kept = self.compress(x)  # [B, L, numbers kept]
+        kept = cache.update(kept) if cache else kept
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, L], the same for all heads and queries
         out = self.attend(x, kept, query_freqs, freqs_cis, attention_mask)  # [B, H, L, d]
@@ -516,8 +510,8 @@ ATTENTIONS = {"simplified_mla": SimplifiedMLAttention, "mla": MultiHeadLatentAtt
 
 
 def mish(x):
-    """x * tanh(softplus(x)) (arXiv 1908.08681) by one exponential. F.mish takes three in compiled CPU code: a step of
-    the default size took 120 ms with it and 112 ms with this (the shortest of 40 each, in turn)."""
+    """x * tanh(softplus(x)) (arXiv 1908.08681) by one exponential. F.mish takes three on a CPU: a compiled step of the
+    default size took 120 ms with it and 112 ms with this (the shortest of 40 each, in turn)."""
     exp = torch.exp(x.clamp(max=20))  # beyond 20 it is x to the last bit, and exp must not overflow
     ratio = exp * (exp + 2)
     return x * (ratio / (ratio + 2))
@@ -550,36 +544,10 @@ class DepthwiseConvolution(nn.Module):
         return x + sum(padded[:, shift : shift + length] * self.weight[shift] for shift in range(width))
 
 
-class LatentCache:
-    """What one block keeps of a pass over the whole canvas, so that the next passes need to compute only the
-    positions of `window`: the latent [B, L, R] of every position (not its K and V, which are 2 D / R times larger)
-    and, for the convolution, the residual stream [B, conv_width // 2, D] on either side of the window."""
-
-    def __init__(self, window, conv_width):
-        self.window, self.reach, self.kept = window, conv_width // 2, None
-
-    def with_neighbours(self, x):
-        if self.kept is None:  # the pass over the whole canvas
-            padded = F.pad(x, (0, 0, self.reach, self.reach))
-            start, stop = self.window.start, self.window.stop
-            self.left = padded[:, start : start + self.reach].clone()
-            self.right = padded[:, stop + self.reach : stop + 2 * self.reach].clone()
-            return padded
-        return torch.cat([self.left, x, self.right], dim=1)
-
-    def all_kept(self, kept):
-        if self.kept is None:
-            self.kept = kept
-        else:
-            self.kept[:, self.window] = kept
-        return self.kept
-
-
 class TransformerBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        width, model_dim = config.conv_width, config.model_dim
-        self.convolution = DepthwiseConvolution(width, model_dim) if width else None
+        self.convolution = DepthwiseConvolution(config.conv_width, config.model_dim) if config.conv_width else None
         self.attention_norm = RMSNorm(config.model_dim)
         self.attention = ATTENTIONS[config.attention](config)
         self.ffn_norm = RMSNorm(config.model_dim)
@@ -588,8 +556,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, freqs_cis, attention_mask=None, cache=None):
         if attention_mask is not None:  # PAD is to the convolution what lies beyond the ends: zero
-            is_window = x.shape[1] != attention_mask.shape[1]
-            x = x * (attention_mask[:, cache.window] if is_window else attention_mask)[..., None]
+            x = x * (attention_mask[:, cache.positions()] if cache else attention_mask)[..., None]
         if self.convolution:
             x = self.convolution(x, cache)
         x = x + self.dropout(self.attention(self.attention_norm(x), freqs_cis, attention_mask, cache))
@@ -610,26 +577,16 @@ class MaskPredictor(nn.Module):
         table = rope_table(config.rope_max_length_buffer, rope_dim, config.rope_theta)
         self.register_buffer("freqs_cis", table, persistent=False)
         for name, module in self.named_modules():  # the embedding keeps PyTorch's N(0, 1)
-            if name.endswith(("wo", "w2", "output")):
-                nn.init.zeros_(
-                    module.weight
-                )  # each block starts as the identity, the first prediction is uniform: 8 bits
+            if name.endswith(("wo", "w2", "output")):  # each block starts as the identity, the output as uniform
+                nn.init.zeros_(module.weight)
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
     def forward(self, tokens, attention_mask=None):
-        """Logits of the byte at each position.
+        """Logits [B, L, 256], float32, of the byte at each position of tokens [B, L], int64: bytes and special ids.
 
-        Args:
-            tokens: int64 [B, L], bytes 0..255 and special ids.
-            attention_mask: bool [B, L], False where nothing may be seen. By default PAD is not seen, except in compiled
-                code, which cannot look: there a batch with PAD needs its mask.
-
-        Returns:
-            float32 [B, L, 256].
-
-        Raises:
-            InputError: L exceeds rope_max_length_buffer.
+        attention_mask, bool [B, L], is False where nothing may be seen: by default at PAD, except in compiled code,
+        which cannot look: there a batch with PAD needs its mask. InputError if L exceeds rope_max_length_buffer.
         """
         if attention_mask is None and not torch.compiler.is_compiling() and (tokens == PAD).any():
             attention_mask = tokens != PAD
@@ -647,9 +604,7 @@ class MaskPredictor(nn.Module):
         if attention_mask is not None:  # a row of nothing but PAD sees itself: no NaN
             attention_mask = attention_mask | ~attention_mask.any(dim=1, keepdim=True)
         caches = caches or [None] * len(self.layers)
-        if caches[0] and caches[0].kept is not None:
-            tokens = tokens[:, caches[0].window]
-        x = self.tok_embeddings(tokens)  # [B, L, D]
+        x = self.tok_embeddings(tokens[:, caches[0].positions()] if caches[0] else tokens)  # [B, L, D]
         for layer, cache in zip(self.layers, caches):
             x = layer(x, self.freqs_cis[:length], attention_mask, cache)
         return self.norm(x)
@@ -665,10 +620,27 @@ def stratified_quantiles(count, generator):
 
 
 def draw_noise(num_rows, length, generator):
-    """All the randomness of masking a batch: t [num_rows], stratified so that every batch covers all shares of masks
-    evenly, and scores [num_rows, length], which rank the positions of each sequence."""
+    """All the randomness of masking a batch: t [num_rows] and scores [num_rows, length], which rank the positions.
+
+    t is LLaDA's t as a share: exactly 1 + floor(t * length) bytes will be masked, where LLaDA masks each of them with
+    probability t. The bound is the same (see `masked_diffusion_loss`); it is stratified, so that every batch covers all
+    shares evenly.
+    """
     t = stratified_quantiles(num_rows, generator)
     return t, torch.rand(num_rows, length, generator=generator, device=generator.device)
+
+
+def bell_quantile(t, std):
+    """What training does with t: quantiles of the uniform distribution become those of a normal around 1/2, clamped to
+    [0, 1). Almost all or almost nothing masked teaches little: after 2,000 steps of the default CPU size the bound is
+    0.13 bits per byte better. The loss is then a weighted bound."""
+    return (0.5 + std * math.sqrt(2) * torch.erfinv(2 * t - 1)).clamp(0, 1 - 1e-6) if std else t
+
+
+def choose_positions(candidates, scores, counts):
+    """In each row the `counts` [N] candidates (bool [N, W]) of highest score [N, W], as bool [N, W]."""
+    order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return candidates & (order.argsort(dim=1) < counts[:, None])
 
 
 def mask_bytes(x0, t, scores):
@@ -677,8 +649,7 @@ def mask_bytes(x0, t, scores):
     is_byte = x0 != PAD
     lengths = is_byte.sum(dim=1)
     num_masked = torch.minimum(1 + (lengths * t).long(), lengths)  # [B]; the minimum guards t rounded up to 1
-    ranks = scores.masked_fill(~is_byte, 2.0).argsort(dim=1).argsort(dim=1)
-    is_masked = ranks < num_masked[:, None]
+    is_masked = choose_positions(is_byte, -scores, num_masked)
     return x0.masked_fill(is_masked, MASK), is_masked
 
 
@@ -687,7 +658,7 @@ def predict_masked(model, x0, t, scores, attention_mask=None):
     xt, is_masked = mask_bytes(x0, t, scores)
     logits = model(xt, attention_mask)
     targets = x0.masked_fill(~is_masked, -100)  # -100: no loss
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return logits, cross_entropy.view_as(x0), is_masked
 
 
@@ -723,29 +694,26 @@ def masked_diffusion_loss(model, x0, t=None, scores=None, attention_mask=None):
     return mean_of_masked(nats, is_masked).mean()
 
 
-def bell_quantile(t, std):
-    """What training does with t: the quantiles of the uniform distribution become those of a normal around 1/2, cut to
-    [0, 1). As the share of masks it is easier to learn from: almost all or almost nothing masked teaches little (0.13
-    bits per byte better after 2,000 steps of the default CPU size). The loss is then a weighted bound."""
-    return (0.5 + std * math.sqrt(2) * torch.erfinv(2 * t - 1)).clamp(0, 1 - 1e-6) if std else t
-
-
 # === Sampler: from MASKs to text ======================================================================================
 
 
-def add_gumbel_noise(logits, temperature, uniform):
-    """Logits whose argmax is a sample from softmax(logits / temperature), made with `uniform` noise of their shape.
-    It is float64 where the device has it: float32 noise silently lowers the temperature (arXiv 2409.02908)."""
-    return logits - temperature * torch.log(-torch.log(uniform)) if temperature else logits
+def draw_bytes(logits, temperature, top_p, uniform):
+    """A byte for each row of logits [M, 256], drawn from softmax(logits / temperature), of which top_p keeps the most
+    probable bytes that together reach that probability (arXiv 1904.09751). Temperature 0 takes the most probable one.
 
-
-def keep_nucleus(logits, temperature, top_p):
-    """-inf for all but the most probable bytes that together reach the probability top_p (arXiv 1904.09751)."""
-    if top_p == 1:
-        return logits
-    probs, order = (logits / temperature).softmax(dim=-1).sort(descending=True)
-    is_tail = probs.cumsum(dim=-1) - probs >= top_p
-    return logits.masked_fill(torch.zeros_like(is_tail).scatter(-1, order, is_tail), -torch.inf)
+    One number of `uniform` [M] is looked up in each cumulative distribution. It is float64 where the device has it:
+    float32 Gumbel noise, the usual way, silently lowers the temperature (arXiv 2409.02908).
+    """
+    if not temperature:
+        return logits.argmax(dim=-1)
+    probs = (logits / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, order = probs.sort(descending=True)
+        is_tail = ordered.cumsum(dim=-1) - ordered >= top_p
+        probs = probs.masked_fill(torch.zeros_like(is_tail).scatter(-1, order, is_tail), 0.0)
+    cumulative = probs.cumsum(dim=-1, dtype=uniform.dtype)
+    reached = cumulative <= uniform[:, None] * cumulative[:, -1:]
+    return reached.sum(dim=-1).clamp(max=NUM_BYTES - 1)  # the product may be rounded up to the last sum
 
 
 def score_positions(strategy, probs, prediction, uniform):
@@ -778,18 +746,12 @@ def count_commits(config, scores, quota):
     return quota.clamp(min=1)
 
 
-def choose_positions(candidates, scores, counts):
-    """In each row the `counts` [N] candidates (bool [N, W]) of highest score [N, W], as bool [N, W]."""
-    order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return candidates & (order.argsort(dim=1) < counts[:, None])
-
-
 def masks_left(num_masks, steps, schedule):
     """How many of num_masks [N] should be left after each step: [steps, N]. `linear` as in LLaDA, the remainder
     spread over the first steps; `cosine` commits few at first, when least is known (MaskGIT, MD4)."""
     if schedule == "cosine":
         shares = [[math.cos(math.pi / 2 * step / steps)] for step in range(1, steps + 1)]
-        return (torch.tensor(shares, dtype=torch.double).to(num_masks.device) * num_masks).floor().long()
+        return (torch.tensor(shares, dtype=torch.double) * num_masks.cpu()).floor().long().to(num_masks.device)
     step = torch.arange(1, steps + 1, device=num_masks.device)[:, None]
     return num_masks - step * (num_masks // steps) - torch.minimum(step, num_masks % steps)
 
@@ -802,70 +764,56 @@ def choose_remasked(config, is_committed, confidence, target, uniform):
     return choose_positions(is_committed, -confidence - torch.log(-torch.log(uniform[:, :, 1])), counts)
 
 
-def draw_uniform(generators, width, numbers, device):
-    """[N, width, numbers] in [0, 1), row i from generators[i]: what a row draws does not depend on the other rows."""
+def draw_uniform(generators, width, device):
+    """The noise of a step, [N, width, 4] in [0, 1): for the bytes, for `random`, and two for `choose_remasked`. Row i
+    comes from generators[i]: what a row draws does not depend on the other rows."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.stack([torch.rand(width, numbers, generator=g, dtype=dtype, device=device) for g in generators])
+    return torch.stack([torch.rand(width, 4, generator=g, dtype=dtype, device=device) for g in generators])
 
 
-class BlockPredictor:
-    """Logits at the masks of one block of the canvas. With cache_refresh other than 1 most steps compute the block
-    alone: the rest stands in a LatentCache until the next pass over the whole canvas (the dual cache of Fast-dLLM, on
-    latents)."""
-
-    def __init__(self, model, canvas, is_given, window, config):
-        self.model, self.canvas, self.window, self.config, self.caches = model, canvas, window, config, None
-        self.is_prompt = is_given & (canvas != PAD)
-        self.attention_mask = canvas != PAD if (canvas == PAD).any() else None
-        if config.guidance_scale and self.attention_mask is not None:
-            self.attention_mask = self.attention_mask.repeat(2, 1)
-
-    def __call__(self, step, rows, columns):
-        config, tokens = self.config, self.canvas
-        if config.guidance_scale:  # twice as many rows, of which the second half does not see what the user gave
-            tokens = torch.cat([tokens, tokens.masked_fill(self.is_prompt, MASK)])
-        is_refresh = step % config.cache_refresh == 0 if config.cache_refresh else step == 0
-        if is_refresh and config.cache_refresh != 1:
-            self.caches = self.model.latent_caches(self.window)
-        hidden = self.model.hidden(tokens, self.attention_mask, self.caches)
-        hidden = hidden[:, self.window] if is_refresh else hidden  # [N, W, D]
-        logits = self.model.output(hidden[rows, columns])
-        if config.guidance_scale:
-            unconditional = self.model.output(hidden[rows + len(self.canvas), columns])
-            logits = unconditional + (1 + config.guidance_scale) * (logits - unconditional)
-        return logits.float()
+def block_logits(model, canvas, is_given, has_pad, window, masks, caches, guidance_scale):
+    """Logits [M, 256] at the `masks` (rows, columns) of canvas[:, window]. Once its caches are filled, the block alone
+    is computed and they stand for the rest of the canvas (the dual cache of Fast-dLLM, arXiv 2505.22618, on latents).
+    """
+    if guidance_scale:  # twice as many rows, of which the second half does not see what the user gave
+        canvas = torch.cat([canvas, canvas.masked_fill(is_given & (canvas != PAD), MASK)])
+    hidden = model.hidden(canvas, canvas != PAD if has_pad else None, caches)
+    if hidden.shape[1] == canvas.shape[1]:
+        hidden = hidden[:, window]  # [N, W, D]
+    if not guidance_scale:
+        return model.output(hidden[masks]).float()
+    logits, unconditional = (model.output(half[masks]).float() for half in hidden.chunk(2))
+    return unconditional + (1 + guidance_scale) * (logits - unconditional)
 
 
 def denoise_block(model, canvas, is_given, window, steps, config, generators):
     """Fill the MASKs of canvas[:, window]; yields the canvas after each step."""
-    predict = BlockPredictor(model, canvas, is_given, window, config)
     block = canvas[:, window]  # a view: what is written to it stands in the canvas
-    is_hole = block == MASK
+    is_hole, has_pad = block == MASK, bool((canvas == PAD).any())
     targets = masks_left(is_hole.sum(dim=1), steps, config.commit_schedule)
     confidence = torch.zeros(block.shape, device=canvas.device)  # of each byte when it was committed
     for step in itertools.count():
         is_masked = block == MASK
-        rows, columns = is_masked.nonzero(as_tuple=True)  # of the M masks; the only wait for a GPU in a step
-        if not len(rows):
+        masks = is_masked.nonzero(as_tuple=True)  # rows and columns of the M masks; the only wait for a GPU in a step
+        if not len(masks[0]):
             return
-        uniform = draw_uniform(generators, block.shape[1], NUM_BYTES + 3, canvas.device)  # [N, W, 259]
-        logits = predict(step, rows, columns)  # [M, 256]
-        probs = logits.softmax(dim=-1)
-        logits = keep_nucleus(logits, config.temperature, config.top_p)
-        drawn = add_gumbel_noise(logits, config.temperature, uniform[rows, columns, :NUM_BYTES]).argmax(dim=-1)
-        prediction = block.index_put((rows, columns), drawn)  # [N, W]
-        at = score_positions(config.remasking, probs, drawn, uniform[rows, columns, -1].float())
-        scores = torch.full_like(confidence, -torch.inf).index_put((rows, columns), at)
+        if step == 0 or (config.cache_refresh and step % config.cache_refresh == 0):
+            caches = model.latent_caches(window)
+        logits = block_logits(model, canvas, is_given, has_pad, window, masks, caches, config.guidance_scale)
+        uniform = draw_uniform(generators, block.shape[1], canvas.device)  # [N, W, 4]
+        probs = logits.softmax(dim=-1)  # [M, 256]
+        drawn = draw_bytes(logits, config.temperature, config.top_p, uniform[masks][:, 0])  # [M]
+        scores = torch.full_like(confidence, -torch.inf)  # [N, W]
+        scores[masks] = score_positions(config.remasking, probs, drawn, uniform[masks][:, 1].float())
         target = targets[min(step, steps - 1)]
         quota = is_masked.sum(dim=1) - target
         if config.remask_share:
-            is_remasked = choose_remasked(config, is_hole & ~is_masked, confidence, target, uniform[:, :, -3:-1])
+            is_remasked = choose_remasked(config, is_hole & ~is_masked, confidence, target, uniform[:, :, 2:])
             quota = quota + is_remasked.sum(dim=1)
             block.masked_fill_(is_remasked, MASK)
-            sure = probs.gather(-1, drawn[:, None])[:, 0]
-            confidence.index_put_((rows, columns), sure)
+            confidence[masks] = probs.gather(-1, drawn[:, None])[:, 0]
         is_chosen = choose_positions(is_masked, scores, count_commits(config, scores, quota))
-        block.copy_(torch.where(is_chosen, prediction, block))
+        block.copy_(torch.where(is_chosen, block.index_put(masks, drawn), block))
         yield canvas
 
 
@@ -873,9 +821,11 @@ def denoise_block(model, canvas, is_given, window, steps, config, generators):
 def denoise(model, canvas, config, generators):
     """Fill every MASK of canvas [N, L] in place; yields the canvas before the first step and after each.
 
-    This one loop is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5), and everybody else's with another choice of
-    the positions to commit. The masked stretch is cut into blocks, filled from left to right. Each step predicts all
-    MASKs of the block, draws a byte for each and commits some. Given bytes never change, PAD is not seen.
+    The loop of `denoise_block` is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5), and everybody else's with
+    another choice of the positions to commit. The masked stretch is cut into blocks, filled from left to right. Each
+    step predicts all MASKs of the block, draws a byte for each and commits some. LLaDA says it the other way round:
+    fill all, then remask all but the surest, hence the name of the field `remasking`. (`remask_share` is another thing,
+    it hides bytes committed earlier.) Given bytes never change, PAD is not seen.
     """
     is_given = canvas != MASK
     masked_columns = (~is_given).any(dim=0).nonzero().flatten().tolist()
@@ -892,7 +842,8 @@ def denoise(model, canvas, config, generators):
 
 
 def fill_masks(model, texts, config, seed=None, on_step=None):
-    """Fill the holes of several texts at once; with holes of the same shape each comes out as it would alone.
+    """Fill the MASKs of several texts at once; returns a list of bytes, the given ones unchanged. With holes of the
+    same shape each comes out as it would alone.
 
     Args:
         texts: sequences of ints, bytes 0..255 and MASK, of any lengths. They are aligned at their first MASK, so that
@@ -901,23 +852,18 @@ def fill_masks(model, texts, config, seed=None, on_step=None):
         seed: of the noise of the first text, that of text i is seed + i; default config.seed.
         on_step: called with the canvas [N, L] int64 before the first and after each step; PAD is around shorter texts.
 
-    Returns:
-        list of bytes, the given ones unchanged.
-
     Raises:
         InputError: a text is too long, or guidance_scale is set and a text has no given byte.
     """
-    firsts = [list(text).index(MASK) if MASK in text else len(text) for text in texts]
+    texts, scale = [list(text) for text in texts], config.guidance_scale
+    require(not scale or all(set(text) - {MASK} for text in texts), "guidance_scale", scale, "0 without a prompt")
+    firsts = [[*text, MASK].index(MASK) for text in texts]
     starts = [max(firsts) - first for first in firsts]
-    length = max(start + len(text) for start, text in zip(starts, texts))
-    device = next(model.parameters()).device
-    canvas = torch.full((len(texts), length), PAD)
+    canvas = torch.full((len(texts), max(start + len(text) for start, text in zip(starts, texts))), PAD)
     for row, start, text in zip(canvas, starts, texts):
         row[start : start + len(text)] = torch.tensor(text, dtype=torch.int64)
-        given = len(text) - list(text).count(MASK)
-        require(given or not config.guidance_scale, "guidance_scale", config.guidance_scale, "0 without a prompt")
-    canvas = canvas.to(device)
-    seed = config.seed if seed is None else seed
+    device = next(model.parameters()).device
+    canvas, seed = canvas.to(device), config.seed if seed is None else seed
     generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(texts))]
     with evaluation_mode(model):
         for state in denoise(model, canvas, config, generators):
@@ -935,7 +881,7 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
         config, seed, on_step: see `fill_masks`.
 
     Returns:
-        prompt, response and suffix as one text, invalid UTF-8 replaced by U+FFFD.
+        prompt, response and suffix as one str, invalid UTF-8 replaced by U+FFFD.
 
     Raises:
         InputError: the whole is longer than rope_max_length_buffer, or response_length is negative.
@@ -949,10 +895,8 @@ def text_with_hole(prompt, response_length, suffix, config):
     require(response_length >= 0, "response_length", response_length, "0 or more")
     total = len(prompt) + response_length + len(suffix)
     if total > config.rope_max_length_buffer:
-        raise InputError(
-            f"prompt ({len(prompt)}) + response_length ({response_length}) + suffix ({len(suffix)}) = {total} bytes "
-            f"exceed rope_max_length_buffer={config.rope_max_length_buffer}; shorten one of them"
-        )
+        sizes = f"prompt ({len(prompt)}) + response_length ({response_length}) + suffix ({len(suffix)}) = {total} bytes"
+        raise InputError(f"{sizes} exceed rope_max_length_buffer={config.rope_max_length_buffer}; shorten one of them")
     return [*prompt, *[MASK] * response_length, *suffix]
 
 
@@ -981,20 +925,19 @@ class CanvasView:
         screen = "\x1b[H\x1b[2J"
         for row in zip(canvas.tolist(), was_masked.tolist()):
             for (is_masked, is_fresh), group in itertools.groupby(zip(*row), lambda t: (t[0] == MASK, t[1])):
-                tokens = [token for token, _ in group if token != PAD]
-                text = "·" * len(tokens) if is_masked else printable(bytes(tokens))
+                text = show_masks(token for token, _ in group)
                 screen += (dim if is_masked else fresh if is_fresh else plain) + text + plain
             screen += "\n"
         print(screen, end="", flush=True)
 
 
+def show_masks(tokens):
+    return printable(b"".join("·".encode() if token == MASK else bytes([token]) for token in tokens if token != PAD))
+
+
 def printable(text):
     """Bytes as a terminal may show them: what is neither text nor a new line becomes U+FFFD, and cannot control it."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.decode(errors="replace"))
-
-
-def show_masks(tokens):
-    return "".join("·" if token == MASK else printable(bytes([token])) for token in tokens if token != PAD)
 
 
 def commit_order(canvases):
@@ -1009,8 +952,8 @@ def commit_order(canvases):
 
 @torch.no_grad()
 def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
-    """Mask each chunk of a text once, and predict it; float64 [chunks, 4]: its length, the share of it that was
-    masked, the mean cross-entropy of the masked bytes in bits, and the share of them that the most probable byte
+    """Mask each chunk of a text once, and predict it. Returns four float64 [chunks]: its length, the share of it that
+    was masked, the mean cross-entropy of the masked bytes in bits, and the share of them that the most probable byte
     hits.
 
     The noise is a function of `seed` alone, so that two calls agree and two models are compared on the same masks.
@@ -1018,50 +961,47 @@ def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
 
     Args:
         dataset: a ByteLevelTextDataset in file order (seed=None), hence in chunks that do not overlap.
-        max_bytes: if above 0, at most so many bytes, in chunks spread evenly over the text.
+        max_bytes: if above 0, about so many bytes, in chunks spread evenly over the text.
     """
     device = next(model.parameters()).device
     num_chunks = len(dataset) if not max_bytes else min(len(dataset), math.ceil(max_bytes / dataset.max_length))
     chunks = np.arange(num_chunks) * len(dataset) // num_chunks
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same masks whatever the device
     t = stratified_quantiles(num_chunks, generator)[torch.randperm(num_chunks, generator=generator)]
-    measured = torch.zeros(num_chunks, 4, dtype=torch.double)
+    measured = torch.zeros(4, num_chunks, dtype=torch.double)
     with evaluation_mode(model):
         for number, rows in enumerate(torch.arange(num_chunks).split(batch_size)):
             scores = torch.rand(len(rows), dataset.max_length, generator=generator)
-            if number % world_size() == rank():
+            if number % world_size() == rank() % world_size():
                 x0 = dataset.__getitems__(chunks[rows]).to(device)
                 logits, nats, is_masked = predict_masked(model, x0, t[rows].to(device), scores.to(device))
                 lengths = (x0 != PAD).sum(dim=1)
-                losses, hits = (mean_of_masked(v, is_masked) for v in (nats * BITS_PER_NAT, logits.argmax(-1) == x0))
-                columns = lengths, is_masked.sum(dim=1) / lengths, losses, hits
-                measured[rows] = torch.stack([column.double().cpu() for column in columns], dim=1)
+                bits, hits = (mean_of_masked(v, is_masked) for v in (nats * BITS_PER_NAT, logits.argmax(-1) == x0))
+                results = lengths, is_masked.sum(dim=1) / lengths, bits, hits
+                measured[:, rows] = torch.stack([result.cpu().double() for result in results])
     return over_processes("sum", measured)
 
 
 def mean_over_bytes(values, lengths):
-    """(mean, standard error) of a figure of each chunk, weighted by the chunks' lengths; nan for a single chunk."""
-    mean = (values * lengths).sum() / lengths.sum()
+    """(mean, standard error) of a figure of each chunk, weighted by the chunks' lengths; nan for want of chunks."""
+    mean, n = (values * lengths).sum() / lengths.sum(), len(values)
     spread = ((values - mean) * lengths).square().sum().sqrt() / lengths.sum()
-    return mean.item(), spread.item() if len(values) > 1 else math.nan
+    return mean.item(), spread.item() * math.sqrt(n / (n - 1)) if n > 1 else math.nan
 
 
 def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
-    """The bound of `masked_diffusion_loss` over a whole text; see `measure_chunks` for the arguments.
-
-    Returns:
-        (mean, standard error) in bits per byte: total bits over total bytes, and how far chance (of the text's chunks
-        and of the masks) may have moved it.
-    """
-    lengths, _, losses, _ = measure_chunks(model, dataset, max_bytes, batch_size, seed).T
-    return mean_over_bytes(losses, lengths)
+    """(mean, standard error) of the bound of `masked_diffusion_loss` over a whole text, in bits per byte: total bits
+    over total bytes, and how far chance (of the text's chunks and of the masks) may have moved it. For the arguments
+    see `measure_chunks`."""
+    lengths, _, bits, _ = measure_chunks(model, dataset, max_bytes, batch_size, seed)
+    return mean_over_bytes(bits, lengths)
 
 
-def by_mask_ratio(measured, bins=10):
+def by_mask_ratio(ratios, bits, hits, bins=10):
     """What `measure_chunks` returned, sorted by the share of masks k / L: a list of ten (upper end of the bin in
     percent, bits per masked byte of its chunks, their shares of hits)."""
-    number = (measured[:, 1] * bins - 1e-5).ceil().clamp(1, bins)  # k / L of exactly 10 % is of the first bin
-    return [(100 * i // bins, *measured[number == i, 2:].T) for i in range(1, bins + 1)]
+    number = (ratios * bins - 1e-5).ceil().clamp(1, bins)  # k / L of exactly 10 % is of the first bin
+    return [(100 * i // bins, bits[number == i], hits[number == i]) for i in range(1, bins + 1)]
 
 
 @torch.no_grad()
@@ -1074,7 +1014,7 @@ def exact_left_to_right(model, x0, start=0, batch_size=64):
         for rows in positions[start:].split(batch_size):
             xt = x0.repeat(len(rows), 1).masked_fill(positions >= rows[:, None], MASK)
             logits = model.output(model.hidden(xt)[torch.arange(len(rows)), rows]).float()
-            bits.append(F.cross_entropy(logits, x0[rows], reduction="none").double() * BITS_PER_NAT)
+            bits.append(F.cross_entropy(logits, x0[rows], reduction="none").cpu().double() * BITS_PER_NAT)
     return torch.cat(bits)
 
 
@@ -1084,21 +1024,22 @@ def exact_most_confident_first(model, x0):
     is the surest. The order follows from the bytes seen so far alone, which makes the likelihood exact (DUEL, arXiv
     2603.01367)."""
     rows, xt = torch.arange(len(x0), device=x0.device), torch.full_like(x0, MASK)
-    bits = torch.zeros(len(x0), dtype=torch.double, device=x0.device)
+    bits = torch.zeros(len(x0), dtype=torch.double)
     with evaluation_mode(model):
         for _ in range(x0.shape[1]):
             log_probs = model(xt).log_softmax(dim=-1)
             positions = log_probs.amax(dim=-1).masked_fill(xt != MASK, -torch.inf).argmax(dim=1)
             truth = x0[rows, positions]
-            bits -= log_probs[rows, positions, truth].double() * BITS_PER_NAT
+            bits -= log_probs[rows, positions, truth].cpu().double() * BITS_PER_NAT
             xt[rows, positions] = truth
     return bits / x0.shape[1]
 
 
 def text_statistics(samples, training_text):
     """What samples (list of bytes) look like beside the text the model learned from: {figure: (value, unit, about)}."""
-    known = {match[0] for match in re.finditer(rb"\w+", training_text)}
-    words = [re.findall(rb"\w+", sample)[1:-1] for sample in samples]  # those at the ends may be cut
+    word = re.compile(rb"[\w\x80-\xff]+")  # letters of other scripts are bytes from 0x80 on
+    known = {match[0] for match in word.finditer(training_text)}
+    words = [word.findall(sample)[1:-1] for sample in samples]  # those at the ends may be cut
     trigrams = [trigram for sample in words for trigram in zip(sample, sample[1:], sample[2:])]
     flat = list(itertools.chain(*words))
     shares = np.bincount(np.frombuffer(b"".join(samples), np.uint8)) / max(1, sum(map(len, samples)))
@@ -1125,12 +1066,8 @@ def figure(name, kind, values, unit, about, lengths=None):
 
 
 def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
-    """All that `python main.py evaluate` tells, deterministic for a seed.
-
-    Returns:
-        list of dicts with figure, kind ("bound", "exact" or "other", which are never compared), value, standard_error,
-        unit and about.
-    """
+    """All that `python main.py evaluate` tells, the same for the same seed: a list of what `figure` returns. The kinds
+    "bound", "exact" and "other" are never compared."""
     whole = len(dataset.bytes) // config.max_length  # chunks without PAD
     chosen = min(num_chunks, whole)
     x0 = torch.stack([dataset[i * whole // chosen] for i in range(chosen)]).to(next(model.parameters()).device)
@@ -1150,8 +1087,9 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
 
 def likelihood_figures(model, measured, x0):
     """Bounds from what `measure_chunks` returned, and exact likelihoods of the chunks x0 [B, L]."""
-    rows = [("nelbo", "bound", measured[:, 2], "bits/byte", "whole text, one mask a chunk", measured[:, 0])]
-    for end, bits, hits in by_mask_ratio(measured):
+    lengths, *measured = measured
+    rows = [("nelbo", "bound", measured[1], "bits/byte", "whole text, one mask a chunk", lengths)]
+    for end, bits, hits in by_mask_ratio(*measured):
         rows.append((f"masked to {end} %", "bound", bits, "bits/byte", "chunks with so many masks"))
         rows.append((f"hits to {end} %", "other", hits, "share", "masked bytes that the most probable byte hits"))
     half = x0.shape[1] // 2
@@ -1159,6 +1097,7 @@ def likelihood_figures(model, measured, x0):
     exact = torch.stack([exact_left_to_right(model, x) for x in x0])  # [B, L]
     surest_first = exact_most_confident_first(model, x0)
     after_others = torch.stack([exact_left_to_right(model, x, start=half) for x in swapped]).mean(dim=1)
+    after_others = after_others if len(x0) > 1 else after_others[:0]  # a single chunk has no other to swap with
     return [
         *rows,
         ("left to right", "exact", exact.mean(dim=1), "bits/byte", f"{len(x0)} chunks; as of autoregressive models"),
@@ -1173,7 +1112,7 @@ def infilling_hits(model, x0, hole, config, seed):
     start = (x0.shape[1] - hole) // 2
     texts = [[*x[:start], *[MASK] * hole, *x[start + hole :]] for x in x0.tolist()]
     filled = torch.tensor([list(text) for text in fill_masks(model, texts, config, seed)], device=x0.device)
-    return (filled == x0)[:, start : start + hole].double().mean(dim=1)
+    return (filled == x0)[:, start : start + hole].float().mean(dim=1)
 
 
 def as_table(figures):
@@ -1203,9 +1142,9 @@ def continue_validation_prompts(model, dataset, config, on_step=None):
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalized update, for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    torch.optim.Muon is the same for one matrix after the other, in bfloat16. A CPU with bf16 arithmetic is as fast with
-    either (20 ms here, 22 ms there for the default size); on one without, bf16 products are a hundred times slower than
-    float32. So a CPU stays in float32 here, and matrices of one shape are stacked, their momentum in the first's state.
+    torch.optim.Muon does so by five fixed steps in bfloat16, one matrix after the other. On a CPU without bf16
+    arithmetic its products are a hundred times slower than float32. So a CPU stays in float32 here, and matrices of one
+    shape are stacked, their momentum in the first's state.
     """
 
     def __init__(self, matrices, lr, momentum=0.9):
@@ -1298,7 +1237,7 @@ class TrainingState:
             self.ema.load_state_dict(state["ema"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-            if self.scaler.is_enabled() and state["scaler"]:
+            if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
@@ -1339,7 +1278,7 @@ def read_checkpoint(path):
             raise InputError(f"{damaged} does not have its checksum: the file is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle cannot run code
     except Exception as error:  # noqa: BLE001  damaged files make zipfile and torch.load raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
     version = state.get("version") if isinstance(state, dict) else None
     if version != CHECKPOINT_VERSION:
@@ -1371,18 +1310,17 @@ def saved_config(state, **overrides):
 
 
 def newest_run():
-    checkpoints = [path for name in ("latest.pt", "previous.pt") for path in Path("runs").glob(f"*/{name}")]
-    checkpoints.sort(key=lambda path: path.stat().st_mtime)
+    checkpoints = [*Path("runs").glob("*/latest.pt"), *Path("runs").glob("*/previous.pt")]
     if not checkpoints:
         raise InputError("runs: no run with a checkpoint; train one first with: python main.py")
-    return checkpoints[-1].parent
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
 
 
 def load_checkpoint(path, device="auto"):
     """A trained model, ready to evaluate and to sample.
 
     Args:
-        path: a checkpoint file, or a run's folder, which means its best.pt (or latest.pt before any validation).
+        path: a checkpoint file, or a run's folder, which means its best.pt (before any validation: latest.pt).
         device: as in CONFIG; it need not be the one of the training.
 
     Returns:
@@ -1393,7 +1331,8 @@ def load_checkpoint(path, device="auto"):
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "best.pt" if (path / "best.pt").exists() else path / "latest.pt"
+        paths = [path / name for name in ("best.pt", "latest.pt", "previous.pt")]
+        path = next((path for path in paths if path.exists()), paths[1])
     state = read_checkpoint(path)
     config = saved_config(state, device=device, amp_dtype="auto")
     model = MaskPredictor(config).to(config.device).eval().requires_grad_(False)
@@ -1440,10 +1379,7 @@ CUSTOM_SCALARS = {
         "by share of masks": ["Multiline", ["bits_by_mask_ratio/.*"]],
         "hits by share of masks": ["Multiline", ["hits_by_mask_ratio/.*"]],
     },
-    "norms by group": {
-        "of the gradients": ["Multiline", ["gradient_norm/.*"]],
-        "of the weights": ["Multiline", ["weight_norm/.*"]],
-    },
+    "norms by group": {f"of the {kind}s": ["Multiline", [f"{kind}_norm/.*"]] for kind in ("gradient", "weight")},
 }
 
 
@@ -1459,7 +1395,8 @@ def describe_run(writer, config, step):
     settings = {name: settings[name] for name in list(settings)[: list(settings).index("remasking")] + ["seed"]}
     writer.add_custom_scalars(CUSTOM_SCALARS)
     for summary in hparams(settings, dict.fromkeys(("val/final_bits_per_byte", "val/best_bits_per_byte"))):
-        writer.writer.file_writer.add_summary(summary)  # writer.add_hparams would make a second run of each run
+        if writer.writer:  # its own add_hparams would make a second run of each run
+            writer.writer.file_writer.add_summary(summary)
 
 
 def bar_chart(values):
@@ -1471,14 +1408,10 @@ def bar_chart(values):
 
 
 def make_run_dir(config):
-    started = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for attempt in itertools.count(1):
-        run_dir = Path("runs") / (f"{config.name}_{started}" + (f"_{attempt}" if attempt > 1 else ""))
-        try:
-            run_dir.mkdir(parents=True)
-            break
-        except FileExistsError:
-            continue
+    run_dir = Path("runs") / f"{config.name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    while run_dir.exists():  # begun within the same second
+        run_dir = run_dir.with_name(run_dir.name + "_2")
+    run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     return run_dir
 
@@ -1561,7 +1494,7 @@ def trial_step(forward, config):
     with autocast(config):
         masked_diffusion_loss(forward, x0).backward()
     float(next(forward.parameters()).grad.sum())  # waits for the GPU
-    forward.zero_grad(set_to_none=True)
+    forward.zero_grad()
     return time.monotonic() - started
 
 
@@ -1577,7 +1510,7 @@ def compile_model(model, config):
         raise
     except Exception as error:  # noqa: BLE001  whatever went wrong inside the compiler, training works without it
         say(f"warning: torch.compile does not work here ({type(error).__name__}); going on without it, which is slower")
-        model.zero_grad(set_to_none=True)
+        model.zero_grad()
         return model
     return compiled
 
@@ -1611,10 +1544,9 @@ def validate(state, train_set, validation_set, log):
     started = time.monotonic()
     config, model, step, writer = state.config, state.ema, state.step, log.writer
     train_bound, _ = estimate_nelbo(model, train_set.in_file_order(), config.validation_bytes)
-    measured = measure_chunks(model, validation_set, config.validation_bytes)
-    bound, error = mean_over_bytes(measured[:, 2], measured[:, 0])
-    is_best = bound < state.best_bound
-    state.best_bound = bound if is_best else state.best_bound
+    lengths, *measured = measure_chunks(model, validation_set, config.validation_bytes)
+    bound, error = mean_over_bytes(measured[1], lengths)
+    is_best, state.best_bound = bound < state.best_bound, min(state.best_bound, bound)
     if rank() != 0:
         return
     say(f"step {step:,}: bound {bound:.3f} ± {error:.3f} bits per byte, on training text {train_bound:.3f}")
@@ -1622,7 +1554,7 @@ def validate(state, train_set, validation_set, log):
     writer.add_scalar("val/bits_per_byte", bound, step)
     writer.add_scalar("val/best_bits_per_byte", state.best_bound, step)
     log.by_bytes.add_scalar("by_bytes/bits_per_byte", bound, step * bytes_per_step(config))
-    bins = [(end, bits.mean().item(), hits.mean().item()) for end, bits, hits in by_mask_ratio(measured)]
+    bins = [(end, bits.mean().item(), hits.mean().item()) for end, bits, hits in by_mask_ratio(*measured)]
     for end, bits, hits in bins:
         writer.add_scalar(f"bits_by_mask_ratio/to_{end:03d}_percent", bits, step)
         writer.add_scalar(f"hits_by_mask_ratio/to_{end:03d}_percent", hits, step)
@@ -1674,10 +1606,11 @@ def stop_signals():
 
 
 def backward_pass(forward, scaler, batches, config, step):
-    """One step's gradients, summed over its micro-batches (and averaged over the processes, by DDP).
+    """One step's gradients, averaged over its micro-batches (and over the processes, by DDP).
 
     The noise is drawn for the whole global batch and cut into rows, so that any split of the same batch into processes
-    and micro-batches gives the same masks. Returns the loss, a scalar on the device, in nats per byte.
+    and micro-batches gives the same masks. Returns the loss, a scalar on the device, in nats per byte: that of the mask
+    shares of `bell_quantile`, no likelihood. `estimate_nelbo` tells the bound.
     """
     length = sequence_length(config, step)
     pieces = config.max_length // length
@@ -1706,15 +1639,9 @@ def backward_pass(forward, scaler, batches, config, step):
 
 @torch.no_grad()
 def optimizer_step(state, scale):
-    """Clip, update and average the weights.
-
-    Returns:
-        dict of scalars on the device, the gradient norm before clipping of each group of parameters and of all.
-
-    Raises:
-        FloatingPointError: the norm is not finite; the weights are as before. In fp16 such a step is skipped instead,
-            and the GradScaler lowers its scale.
-    """
+    """Clip, update and average the weights. Returns the gradient norms before clipping, see `norms_by_group`. Raises
+    FloatingPointError, the weights as before, if one is not finite; in fp16 such a step is skipped instead, and the
+    GradScaler lowers its scale."""
     config, scaler = state.config, state.scaler
     for optimizer, peak in zip(state.optimizers, (config.learning_rate, config.muon_learning_rate)):
         for group in optimizer.param_groups:
@@ -1728,7 +1655,7 @@ def optimizer_step(state, scale):
     elif not scaler.is_enabled():
         raise FloatingPointError(", ".join(f"{name} {norm.item():.3g}" for name, norm in norms.items()))
     scaler.update()
-    state.model.zero_grad(set_to_none=True)
+    state.model.zero_grad()
     with record_function("average of the weights"):  # PyTorch's AveragedModel would wait for the GPU at each step
         decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # a shorter memory at first
         torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
@@ -1737,12 +1664,9 @@ def optimizer_step(state, scale):
 
 def norms_by_group(model, tensor_of):
     """The Euclidean norm of tensor_of(parameter) for embedding, each layer, head and all together."""
-    groups = {"embedding": [model.tok_embeddings], "head": [model.norm, model.output]}
-    groups |= {f"layer_{number}": [layer] for number, layer in enumerate(model.layers)}
-    norms = {
-        name: nn.utils.get_total_norm([tensor_of(p) for module in modules for p in module.parameters()])
-        for name, modules in groups.items()
-    }
+    groups = {"embedding": model.tok_embeddings, "head": nn.ModuleList([model.norm, model.output])}
+    groups |= {f"layer_{number}": layer for number, layer in enumerate(model.layers)}
+    norms = {name: nn.utils.get_total_norm([tensor_of(p) for p in part.parameters()]) for name, part in groups.items()}
     return norms | {"all": torch.stack(list(norms.values())).norm()}
 
 
@@ -1755,12 +1679,10 @@ class StepLog:
         self.writer = Writer(run_dir, state.step + 1)
         self.by_bytes = Writer(run_dir and run_dir / "by_bytes", state.step * bytes_per_step(state.config) + 1)
         describe_run(self.writer, state.config, state.step)
+        hidden = rank() != 0 or not sys.stdout.isatty()
+        shape = "{desc} |{bar}|"  # a narrow terminal cuts the bar, not the text
         self.bar = tqdm(
-            total=self.config.max_steps,
-            initial=state.step,
-            file=sys.stdout,
-            disable=rank() != 0 or not sys.stdout.isatty(),
-            bar_format="{desc} |{bar}|",  # a narrow terminal cuts the bar, not the text
+            total=self.config.max_steps, initial=state.step, file=sys.stdout, disable=hidden, bar_format=shape
         )
         self.restart()
 
@@ -1768,10 +1690,7 @@ class StepLog:
         """Begin a new interval: time spent before it, as for a validation, is not the training's."""
         self.started, self.first_step, self.losses = time.monotonic(), self.state.step, []
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         self.bar.close()
         self.writer.close()
         self.by_bytes.close()
@@ -1832,17 +1751,9 @@ def stop_for_autopsy(state, loss, norms, train_set, run_dir):
 
 
 def train(config, received, run_dir=None, checkpoint=None):
-    """Train as `config` says, from the start or on from a checkpoint of run_dir.
-
-    Args:
-        received: the list of `stop_signals`; a signal in it ends the run after the step.
-
-    Returns:
-        exit code: 0, or 128 + the signal that ended it.
-
-    Raises:
-        TrainingError: the gradient was not finite, or the last checkpoint could not be written.
-    """
+    """Train as `config` says, from the start or on from a checkpoint of run_dir; a signal in `received`, the list of
+    `stop_signals`, ends the run after the step. Returns the exit code: 0, or 128 + the signal that ended it. Raises
+    TrainingError: the gradient was not finite, or the last checkpoint could not be written."""
     started = time.monotonic()
     if not checkpoint:
         write_starter_corpus(config)
@@ -1863,7 +1774,7 @@ def train(config, received, run_dir=None, checkpoint=None):
     batches = iter(data_loader(train_set, config, state.step))
     signal_number = 0
     eager = torch.compiler.set_stance("eager_on_recompile")  # seldom other shapes are not worth a compilation
-    with eager, StepLog(state, run_dir) as log:
+    with eager, closing(StepLog(state, run_dir)) as log:
         while state.step < config.max_steps:
             minutes = (time.monotonic() - started) / 60
             state.minutes, signal_number = over_processes("max", [minutes, max(received, default=0)]).tolist()
@@ -1925,26 +1836,22 @@ def flops_per_byte(model, config):
 
 
 def trace_parts(state, train_step, trace_file, steps=5):
-    """Milliseconds per step of each part of an eager step (a compiled one has no parts); writes the profiler's
-    trace."""
-    label, model, layers = record_function, state.model, state.model.layers
-    parts = {"embedding": [model.tok_embeddings], "head": [model.output]}
-    parts |= {
-        "convolution": [b.convolution for b in layers if b.convolution],
-        "attention": [b.attention for b in layers],
-        "feed-forward": [b.feed_forward for b in layers],
-    }
-    for name, modules in parts.items():
-        for module in modules:
-            module.forward = label(name)(module.forward)
+    """Milliseconds per step of each part of an eager step (a compiled one has none); writes the profiler's trace."""
+    model, parts = state.model, ["embedding", "convolution", "attention", "feed-forward", "head"]
+    kinds = nn.Embedding, DepthwiseConvolution, Attention, FeedForward
+    found = [
+        (part, module) for part, kind in zip(parts, kinds) for module in model.modules() if isinstance(module, kind)
+    ]
+    for part, module in [*found, ("head", model.output)]:
+        module.forward = record_function(part)(module.forward)
     train_step(model)
     with torch.profiler.profile() as profiler:
         for _ in range(steps):
-            label("step")(train_step)(model)
+            record_function("step")(train_step)(model)
     profiler.export_chrome_trace(str(trace_file))
     on_cuda = next(model.parameters()).is_cuda
     total = dict.fromkeys(parts, 0.0)
-    for event in profiler.key_averages():
+    for event in profiler.key_averages():  # of one name there may be two, of the CPU and of the GPU
         total[event.key] = max(total.get(event.key, 0.0), event.device_time_total if on_cuda else event.cpu_time_total)
     total["optimizer"] = sum(time for key, time in total.items() if key.startswith("Optimizer.step"))
     total["norms, masks, loss"] = total["forward and loss"] - sum(total[name] for name in parts)
@@ -2001,6 +1908,9 @@ def profile(config, steps=20):
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose complaints are one line, with a suggestion for a misspelt flag."""
 
+    def __init__(self, program, description):
+        super().__init__(program, description=description, allow_abbrev=False)
+
     def error(self, message):
         raise InputError(message)
 
@@ -2039,7 +1949,7 @@ def add_config_flags(parser, only=None):
 
 
 def train_command(argv):
-    parser = OneLineParser("main.py", description="Train. Other commands: " + ", ".join(COMMANDS), allow_abbrev=False)
+    parser = OneLineParser("main.py", "Train. Other commands: " + ", ".join(COMMANDS))
     parser.add_argument("--resume", metavar="RUN", help="go on with this run's folder, or with the newest: auto")
     add_config_flags(parser)
     overrides = vars(parser.parse_args(argv))
@@ -2052,41 +1962,37 @@ def train_command(argv):
         return train(config, received, run_dir, checkpoint)
 
 
-def checkpoint_parser(command, description, fields):
-    parser = OneLineParser(f"main.py {command}", description=description, allow_abbrev=False)
+def load_for_command(parser, fields, argv):
+    """The parsed arguments, the model of --checkpoint, its CONFIG with the other flags put into it, the checkpoint's
+    path and its step."""
     parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or a run's folder (default: the newest run)")
     add_config_flags(parser, fields)
-    return parser
-
-
-def load_for_command(arguments):
-    """The model of --checkpoint, its CONFIG with the other flags put into it, the checkpoint's path and its step."""
+    arguments = parser.parse_args(argv)
     path = Path(arguments.checkpoint or newest_run())
     model, config, state = load_checkpoint(path, getattr(arguments, "device", "auto"))
     overrides = {name: value for name, value in vars(arguments).items() if hasattr(config, name)}
-    return model, dataclasses.replace(config, **overrides), path, state["step"]
+    return arguments, model, dataclasses.replace(config, **overrides), path, state["step"]
 
 
 def generate_command(argv):
     fields = [field.name for field in dataclasses.fields(CONFIG)]
     fields = fields[fields.index("remasking") : fields.index("num_samples")] + ["seed", "device"]
-    parser = checkpoint_parser("generate", "Write text after a prompt, before a suffix, or into holes.", fields)
+    parser = OneLineParser("main.py generate", "Write text after a prompt, before a suffix, or into holes.")
     parser.add_argument("--prompt", default="", help="text to continue; {12} in it is a hole of 12 bytes")
     parser.add_argument("--suffix", default="", help="text to lead up to, which may have such holes, too")
-    parser.add_argument("--response_length", type=int, help="bytes to write (default: what fits into max_length)")
+    parser.add_argument(
+        "--response_length", type=int, help="bytes to write (default: up to max_length, 0 if the prompt has holes)"
+    )
     parser.add_argument("--samples", type=int, default=1, help="how many, in one batch, with seeds from --seed on")
     parser.add_argument("--watch", action="store_true", help="show the text crystallize, step by step, in a terminal")
-    arguments = parser.parse_args(argv)
-    model, config, path, step = load_for_command(arguments)
+    arguments, model, config, path, step = load_for_command(parser, fields, argv)
     require(0 < arguments.samples <= 4096, "samples", arguments.samples, "1 to 4096")
-    (prompt, suffix), length = map(holes_to_masks, (arguments.prompt, arguments.suffix)), arguments.response_length
+    prompt, suffix = holes_to_masks(arguments.prompt), holes_to_masks(arguments.suffix)
+    given, length = prompt + suffix, arguments.response_length
     if length is None:
-        given = len(prompt + suffix)
-        has_room = given < config.max_length or MASK in prompt + suffix
-        require(
-            has_room, "prompt", f"{given} bytes", f"below max_length={config.max_length}, or give --response_length"
-        )
-        length = 0 if MASK in prompt + suffix else config.max_length - given
+        length = 0 if MASK in given else config.max_length - len(given)
+        accepted = f"below max_length={config.max_length}, or give --response_length"
+        require(length > 0 or MASK in given, "prompt", f"{len(given)} bytes", accepted)
     text, on_step = text_with_hole(prompt, length, suffix, config), CanvasView() if arguments.watch else None
     for number, filled in enumerate(fill_masks(model, [text] * arguments.samples, config, on_step=on_step)):
         if arguments.samples > 1:
@@ -2107,15 +2013,16 @@ MEMORIZED_BYTES = 2**26  # samples are compared with so much of the training tex
 
 def evaluate_command(argv):
     fields = ("train_data_file", "validation_data_file", "temperature", "seed", "device")
-    parser = checkpoint_parser("evaluate", "Likelihoods, infilling and samples of a model, with their errors.", fields)
+    parser = OneLineParser("main.py evaluate", "Likelihoods, infilling and samples of a model, with their errors.")
     parser.add_argument("--file", metavar="TEXT", help="another text to evaluate on")
     parser.add_argument("--chunks", type=int, default=16, help="chunks, holes and samples of each figure but the bound")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    arguments = parser.parse_args(argv)
+    arguments, model, config, path, step = load_for_command(parser, fields, argv)
     require(arguments.chunks > 1, "chunks", arguments.chunks, "above 1")
-    model, config, path, step = load_for_command(arguments)
-    dataset = ByteLevelTextDataset(arguments.file, config.max_length) if arguments.file else open_validation_set(config)
-    training_text = open_training_set(config).bytes[:MEMORIZED_BYTES].tobytes()
+    with redirect_stdout(sys.stderr):  # notices; the standard output is for the figures
+        train_set, dataset = open_datasets(config)
+    dataset = ByteLevelTextDataset(arguments.file, config.max_length) if arguments.file else dataset
+    training_text = train_set.bytes[:MEMORIZED_BYTES].tobytes()
     figures = evaluate(model, config, dataset, training_text, arguments.chunks, getattr(arguments, "seed", 0))
     print(json.dumps(figures, indent=2) if arguments.json else as_table(figures))
     writer = Writer(path.parent if path.is_file() else path)
@@ -2131,7 +2038,7 @@ def evaluate_command(argv):
 
 
 def profile_command(argv):
-    parser = OneLineParser("main.py profile", description="Where a training step's time goes.", allow_abbrev=False)
+    parser = OneLineParser("main.py profile", "Where a training step's time goes.")
     add_config_flags(parser)
     config = CONFIG(**vars(parser.parse_args(argv)))
     with explained_errors(config):
@@ -2149,14 +2056,10 @@ def main(argv=None):
     command, rest = (COMMANDS[argv[0]], argv[1:]) if argv and argv[0] in COMMANDS else (train_command, argv)
     try:
         return command(rest)
-    except InputError as error:
-        print(
-            f"error: {str(error).splitlines()[-1]}", file=sys.stderr
-        )  # of a DataLoader's worker: without its traceback
-        return 2
-    except (TrainingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (InputError, TrainingError, OSError) as error:
+        reason = str(error).rpartition("\n")[2]  # of an error in a DataLoader's worker: without its traceback
+        print(f"error: {reason}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:  # before or after the training loop, which catches the signal itself
         return 130
 

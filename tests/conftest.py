@@ -1,5 +1,7 @@
 """What the tests share: a tiny CONFIG, tiny models and a way to run `python main.py` as a user does."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -48,6 +50,9 @@ class KnownJoint(torch.nn.Module):
     def forward(self, tokens):
         return self.output(self.hidden(tokens))
 
+    def latent_caches(self, window):
+        return None
+
     def hidden(self, tokens, attention_mask=None, caches=None):
         logits = torch.full((*tokens.shape, 256), -100.0)
         for row, sequence in enumerate(tokens.tolist()):
@@ -92,12 +97,18 @@ def run_main(folder, *arguments, **environment):
 
 
 def train_tiny(folder, *arguments):
-    """A tiny finished training run in `folder`; returns (its run folder, its console output)."""
-    before = set((folder / "runs").glob("*"))
-    done = run_main(folder, *TINY_FLAGS, "--num_samples=1", "--inference_steps=4", *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """A tiny finished training run in `folder`, in this process, which saves three seconds; returns (its run folder, its
+    console output)."""
+    before, here, console = set((folder / "runs").glob("*")), os.getcwd(), io.StringIO()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(console):
+            code = main.main([*TINY_FLAGS, "--num_samples=1", "--inference_steps=4", *arguments])
+    finally:
+        os.chdir(here)
+    assert code == 0, console.getvalue()
     (run_dir,) = set((folder / "runs").glob("*")) - before
-    return run_dir, done.stdout
+    return run_dir, console.getvalue()
 
 
 def read_events(run_dir):

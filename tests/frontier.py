@@ -2,8 +2,8 @@
 
     python tests/frontier.py --checkpoint runs/NAME_TIME --response_length 512 --block_length 64
 
-Each row is a list of flags of `python main.py generate`. Speeds are medians over the samples, all rows in turn for each
-sample, so that all meet the same machine. `tests` does not run this file.
+Each row is a list of flags of `python main.py generate` (and `--steps N`: N bytes per forward pass). Speeds are medians
+over the samples, all rows in turn for each sample, so that all meet the same machine. `tests` does not run this file.
 """
 
 import argparse
@@ -21,35 +21,46 @@ from llada import llada_generate
 import main
 
 ROWS = """
---remasking low_confidence --steps 1
---remasking low_confidence --steps 1 --cache_refresh 0
---remasking low_confidence --steps 2 --cache_refresh 0
---remasking low_confidence --steps 4 --cache_refresh 0
---remasking random --steps 1
---remasking random --steps 1 --cache_refresh 0
---remasking random --steps 2 --cache_refresh 0
---remasking random --steps 2 --remask_share 0.02 --cache_refresh 0
---remasking margin --steps 1 --cache_refresh 0
---remasking margin --steps 2 --cache_refresh 0
---remasking entropy --steps 1 --cache_refresh 0
---remasking entropy --steps 2 --cache_refresh 0
+--cache_refresh 1
+--steps 1
+--steps 1 --cache_refresh 8
+--steps 2
+--steps 4
+--steps 1 --temperature 0.7
+--steps 2 --temperature 0.7
+--steps 3 --temperature 0.7
+--remasking margin --temperature 0.7
+--remasking margin --temperature 0.7 --steps 2
+--remasking entropy --temperature 0.7
+--remasking entropy --temperature 0.7 --steps 2
+--remasking random --temperature 0.7
+--remasking random --temperature 0.5
+--remasking random --temperature 0.5 --steps 2
+--remasking random --temperature 0.5 --steps 1 --remask_share 0.05
 --remasking threshold --confidence_threshold 0.9
---remasking threshold --confidence_threshold 0.9 --cache_refresh 0
---remasking threshold --confidence_threshold 0.7 --cache_refresh 0
---remasking threshold --confidence_threshold 0.5 --cache_refresh 0
---remasking entropy_bound --entropy_bound 0.5 --cache_refresh 0
---remasking entropy_bound --entropy_bound 1 --cache_refresh 0
---remasking entropy_bound --entropy_bound 2 --cache_refresh 0
+--remasking threshold --confidence_threshold 0.5
+--remasking threshold --confidence_threshold 0.7 --temperature 0.7
+--remasking threshold --confidence_threshold 0.5 --temperature 0.7
+--remasking threshold --confidence_threshold 0.3 --temperature 0.7
+--remasking threshold --confidence_threshold 0.5 --temperature 0.5
+--remasking threshold --confidence_threshold 0.4 --temperature 0.5
+--remasking threshold --confidence_threshold 0.3 --temperature 0.5
+--remasking entropy_bound --entropy_bound 0.1 --temperature 0.7
+--remasking entropy_bound --entropy_bound 0.3 --temperature 0.7
+--remasking entropy_bound --entropy_bound 1 --temperature 0.7
+--remasking entropy_bound --entropy_bound 0.5 --temperature 0.5
 """
 
 
 def parse_row(row, base):
-    """A row's CONFIG; --steps N stands for N bytes per forward pass."""
+    """A row's CONFIG; --steps N stands for N bytes per forward pass, and the cache is on unless the row says otherwise."""
     words = row.split()
     overrides = {name[2:]: value for name, value in zip(words[::2], words[1::2])}
     steps = max(1, base.response_length // int(overrides.pop("steps", 1)))
     types = {field.name: field.type for field in dataclasses.fields(main.CONFIG)}
-    return {"inference_steps": steps} | {name: types[name](value) for name, value in overrides.items()}
+    return {"inference_steps": steps, "cache_refresh": 0} | {
+        name: types[name](value) for name, value in overrides.items()
+    }
 
 
 def timed(function, *options):
@@ -126,9 +137,10 @@ def frontier():
             flush=True,
         )
     cache = model.latent_caches(slice(0, block))
-    model.hidden(torch.full((1, length), main.MASK, device=next(model.parameters()).device), None, cache)
+    total = arguments.prompt_length + length
+    model.hidden(torch.full((1, total), main.MASK, device=next(model.parameters()).device), None, cache)
     latents = sum(c.kept.nbytes + c.left.nbytes + c.right.nbytes for c in cache)
-    keys_values = 2 * length * config.model_dim * config.num_layers * 4
+    keys_values = 2 * total * config.model_dim * config.num_layers * 4
     print(f"cache: {latents:,} bytes of latents and edges; keys and values would take {keys_values:,}")
 
 

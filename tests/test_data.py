@@ -135,7 +135,7 @@ print(bytes(in_order[2**39 // 128].tolist())[:6].decode())
 def test_missing_folder_and_unreadable_files_are_one_line(tmp_path):
     with pytest.raises(main.InputError, match="nowhere.txt: cannot be read"):
         main.ByteLevelTextDataset(tmp_path / "nowhere.txt", 8)
-    with pytest.raises(main.InputError, match="is a folder"):
+    with pytest.raises(main.InputError, match="cannot be read"):
         main.ByteLevelTextDataset(tmp_path, 8)
 
 

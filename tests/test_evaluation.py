@@ -72,7 +72,7 @@ def test_a_model_that_knows_nothing_has_8_bits_in_every_figure_of_likelihood(tmp
 
 def test_the_chunks_behind_the_bound_cover_the_text_once_and_the_last_one_partly(tmp_path, model, config):
     dataset = write_text(tmp_path, config, size=397)
-    lengths, ratios, bits, hits = main.measure_chunks(model, dataset).T
+    lengths, ratios, bits, hits = main.measure_chunks(model, dataset)
     assert lengths.tolist() == [16] * 24 + [13]
     assert ((ratios > 0) & (ratios <= 1) & (hits >= 0) & (hits <= 1)).all()
     mean, _ = main.estimate_nelbo(model, dataset)
@@ -80,10 +80,8 @@ def test_the_chunks_behind_the_bound_cover_the_text_once_and_the_last_one_partly
 
 
 def test_each_bin_of_the_mask_ratio_averages_its_own_chunks():
-    measured = torch.tensor(
-        [[16, 0.05, 1.0, 0.9], [16, 0.1, 3.0, 0.7], [16, 0.11, 5.0, 0.5], [16, 1.0, 7.0, 0.1]]
-    ).double()
-    rows = main.by_mask_ratio(measured)
+    measured = torch.tensor([[0.05, 0.1, 0.11, 1.0], [1.0, 3.0, 5.0, 7.0], [0.9, 0.7, 0.5, 0.1]]).double()
+    rows = main.by_mask_ratio(*measured)
     assert [end for end, _, _ in rows] == list(range(10, 101, 10))
     assert [bits.tolist() for _, bits, _ in rows] == [[1, 3], [5], [], [], [], [], [], [], [], [7]]
     assert [hits.tolist() for _, _, hits in rows[:2]] == [pytest.approx([0.9, 0.7]), [0.5]]
@@ -92,7 +90,7 @@ def test_each_bin_of_the_mask_ratio_averages_its_own_chunks():
 def test_a_figure_is_a_mean_with_its_standard_error_or_none():
     row = main.figure("x", "other", [1.0, 2.0, 4.0, 5.0], "share", "")
     assert row["value"] == 3
-    assert row["standard_error"] == pytest.approx(math.sqrt(10) / 4)
+    assert row["standard_error"] == pytest.approx(math.sqrt(10 / 3) / math.sqrt(4))
     assert main.figure("x", "other", 3, "share", "")["standard_error"] is None
     assert main.figure("x", "other", torch.zeros(0), "share", "")["value"] is None
 

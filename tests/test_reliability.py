@@ -5,6 +5,7 @@ The longer forms of some tests: `RELIABILITY_ROUNDS=100 python -m pytest tests/t
 
 import dataclasses
 import gc
+import itertools
 import os
 import random
 import re
@@ -133,6 +134,16 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_damaged_one_kept(t
     assert (run_dir / "damaged.pt").exists() == (damage == "truncated")
 
 
+def test_a_checkpoint_that_may_not_be_written_keeps_the_one_before(tmp_path, config, capsys):
+    state = main.TrainingState(config)
+    assert main.save_checkpoint(tmp_path, "latest.pt", state)
+    (tmp_path / "latest.pt.tmp").mkdir()  # stands for a folder without permission, which root always has
+    state.step = 9
+    assert not main.save_checkpoint(tmp_path, "latest.pt", state)
+    assert "latest.pt cannot be written" in capsys.readouterr().out
+    assert main.read_checkpoint(tmp_path / "latest.pt")["step"] == 0
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit of file sizes")
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_full_disk_is_told_and_keeps_the_checkpoint_before(text_folder, stop):
@@ -201,6 +212,18 @@ def test_a_signal_during_validation_or_the_start_saves_and_ends(text_folder, mom
     (run_dir,) = (text_folder / "runs").iterdir()
     assert "stopped at step" in output
     assert main.read_checkpoint(run_dir / "latest.pt")["step"] >= 0
+
+
+def test_a_second_signal_ends_the_run_at_once(text_folder):
+    endless = ["--max_length=1000", "--num_samples=9", "--inference_steps=1000", "--validate_every=1"]
+    process = start_main(text_folder, *TINY_FLAGS, *endless)
+    wait_for(lambda: "bound" in process.stdout.readline())  # the samples of the validation take minutes now
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_a_text_that_shrinks_while_it_is_used_ends_the_run_in_one_line(text_folder):
@@ -379,6 +402,29 @@ def compare_weights(one, two):
     for kind in ("model", "ema"):
         for name, tensor in one[kind].items():
             torch.testing.assert_close(tensor, two[kind][name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_are_exchanged_once_per_step_whatever_the_accumulation(text_folder):
+    torch.distributed.init_process_group("gloo", f"file://{text_folder}/store", rank=0, world_size=1)
+    counts, batch = [], torch.randint(0, 256, (8, 16))
+    try:
+        for splits in (1, 3):
+            config = main.CONFIG(**TINY, gradient_accumulation_steps=splits)
+            state, exchanges = main.TrainingState(config), []
+
+            def exchange(_, bucket, exchanges=exchanges):
+                exchanges.append(bucket)
+                done = torch.futures.Future()
+                done.set_result(bucket.buffer())
+                return done
+
+            forward = torch.nn.parallel.DistributedDataParallel(state.model)
+            forward.register_comm_hook(None, exchange)
+            main.backward_pass(forward, state.scaler, itertools.repeat(batch), config, step=0)
+            counts.append(len(exchanges))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_process_that_dies_ends_the_whole_run_in_order_and_it_can_go_on(text_folder):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TINY, KnownJoint, random_model
 from llada import llada_generate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 
@@ -121,13 +122,31 @@ def test_a_seed_fixes_the_sample_whatever_the_global_generator(model):
     assert samples[0] == samples[1] != samples[2]
 
 
-def test_temperature_one_samples_the_model_distribution():
-    logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    uniform = torch.rand(60_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    draws = main.add_gumbel_noise(logits.expand(60_000, 3), 1.0, uniform).argmax(-1).bincount(minlength=3) / 60_000
-    assert (draws - torch.tensor([0.5, 0.3, 0.2])).abs().max() < 0.008
-    cold = main.add_gumbel_noise(logits.expand(60_000, 3), 0.5, uniform).argmax(-1).bincount(minlength=3) / 60_000
-    assert (cold - torch.tensor([0.25, 0.09, 0.04]) / 0.38).abs().max() < 0.008
+@pytest.mark.parametrize(
+    "temperature, top_p, expected",
+    [
+        (1.0, 1.0, [0.3, 0.5, 0.2]),
+        (0.5, 1.0, [0.09 / 0.38, 0.25 / 0.38, 0.04 / 0.38]),
+        (1.0, 0.8, [0.375, 0.625, 0.0]),
+        (1.0, 0.5, [0.0, 1.0, 0.0]),
+        (0.0, 1.0, [0.0, 1.0, 0.0]),
+    ],
+)
+def test_bytes_are_drawn_from_the_distribution_that_temperature_and_top_p_ask_for(temperature, top_p, expected):
+    number = 60_000
+    logits = torch.full((number, 256), -torch.inf)
+    logits[:, 7:10] = torch.tensor([0.3, 0.5, 0.2]).log()
+    uniform = torch.rand(number, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = main.draw_bytes(logits, temperature, top_p, uniform).bincount(minlength=256) / number
+    assert drawn.sum() == drawn[7:10].sum()
+    torch.testing.assert_close(drawn[7:10].tolist(), expected, rtol=0, atol=0.008)
+
+
+def test_the_smallest_and_the_largest_noise_draw_possible_bytes():
+    logits = torch.full((2, 256), -torch.inf)
+    logits[:, [3, 200]] = 0.0
+    uniform = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert main.draw_bytes(logits, 1.0, 1.0, uniform).tolist() == [3, 200]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -164,30 +183,32 @@ def naive_sampler(model, text, config, seed=0):
                 blind = [main.MASK if i in given else token for i, token in enumerate(x)]
                 blind_logits = model(torch.tensor([blind]))[0]
                 logits = blind_logits + (config.guidance_scale + 1) * (logits - blind_logits)
-            uniform = torch.rand(stop - start, 259, generator=generator, dtype=torch.float64)
+            uniform = torch.rand(stop - start, 4, generator=generator, dtype=torch.float64)
             masked = [i for i in block_holes if x[i] == main.MASK]
             scores, chosen = {}, {}
             for i in masked:
                 probs = logits[i].softmax(-1)
-                noise = uniform[i - start]
-                allowed = set(range(256))
-                if config.top_p < 1:
-                    heated, total = (logits[i] / config.temperature).softmax(-1), 0.0
-                    allowed = set()
-                    for byte in heated.argsort(descending=True).tolist():
-                        if total >= config.top_p:
+                noise = uniform[i - start].tolist()
+                chosen[i] = probs.argmax().item()
+                if config.temperature:
+                    heated = (logits[i] / config.temperature).softmax(-1).tolist()
+                    allowed, total = set(), 0.0
+                    for byte in sorted(range(256), key=lambda byte: -heated[byte]):
+                        if total >= config.top_p and config.top_p < 1:
                             break
                         allowed.add(byte)
-                        total += heated[byte].item()
-                keys = logits[i]
-                if config.temperature:
-                    keys = logits[i].double() / config.temperature - (-noise[:256].log()).log()
-                chosen[i] = max(allowed, key=keys.tolist().__getitem__)
+                        total += heated[byte]
+                    left = noise[0] * total
+                    for byte in sorted(allowed):
+                        left -= heated[byte]
+                        if left < 0:
+                            chosen[i] = byte
+                            break
                 sureness[i] = probs[chosen[i]].item()
                 ordered = sorted(probs.tolist(), reverse=True)
                 entropy = -sum(p * math.log(p) for p in ordered if p > 0)
                 scores[i] = {
-                    "random": float(noise[258].float()),
+                    "random": noise[1],
                     "low_confidence": sureness[i],
                     "threshold": sureness[i],
                     "margin": ordered[0] - ordered[1],
@@ -203,8 +224,8 @@ def naive_sampler(model, text, config, seed=0):
             again = []
             if config.remask_share:
                 committed = [i for i in block_holes if x[i] != main.MASK]
-                number = min(int(config.remask_share * len(committed) + uniform[0, 256].item()), target)
-                key = {i: -sureness[i] - math.log(-math.log(uniform[i - start, 257].item())) for i in committed}
+                number = min(int(config.remask_share * len(committed) + uniform[0, 2].item()), target)
+                key = {i: -sureness[i] - math.log(-math.log(uniform[i - start, 3].item())) for i in committed}
                 again = sorted(committed, key=lambda i: -key[i])[:number]
             if config.remasking == "threshold":
                 number = max(1, sum(scores[i] >= config.confidence_threshold for i in masked))
@@ -323,15 +344,26 @@ def test_between_refreshes_one_layer_is_exact_whatever_changes_in_the_block():
     torch.testing.assert_close(model.hidden(tokens, None, caches), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_cache_refreshed_at_every_step_is_no_cache_to_the_bit(model):
+@pytest.mark.parametrize("attention", ["simplified_mla", "mla", "mha"])
+def test_the_cache_refreshed_at_every_step_is_no_cache_to_the_bit(attention, monkeypatch):
+    """Logits too, and for each block and layer; a cache that is refreshed more seldom is no such thing."""
+    model = random_model(settings(attention=attention))
     text = [*b"ab", *[main.MASK] * 12, *b"c"]
-    config = settings(temperature=1.0, block_length=4)
-    plain, cached = [], []
-    main.fill_masks(model, [text], config, on_step=lambda c: plain.append(c.clone()))
-    # a period of one step, by way of the cached path: each pass fills new caches
-    config.cache_refresh = 1
-    main.fill_masks(model, [text], config, on_step=lambda c: cached.append(c.clone()))
-    assert all(torch.equal(a, b) for a, b in zip(plain, cached, strict=True))
+
+    def sample(cache_refresh):
+        config, seen = settings(temperature=1.0, block_length=4, cache_refresh=cache_refresh), []
+        hook = model.output.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits))
+        main.fill_masks(model, [text], config, on_step=lambda canvas: seen.append(canvas.clone()))
+        hook.remove()
+        return seen
+
+    def differ(one, two):
+        return any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+    cached, seldom = sample(1), sample(3)
+    monkeypatch.setattr(model, "latent_caches", lambda window: None)
+    assert not differ(cached, sample(1))
+    assert differ(cached, seldom)
 
 
 def count_passes(model, text, config):
@@ -340,6 +372,30 @@ def count_passes(model, text, config):
     main.fill_masks(model, [text], config)
     handle.remove()
     return sizes
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts the operations for which a GPU would have to be waited: a number read off it, a shape that depends on it."""
+
+    waits = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        indices = arguments[1] if operation is torch.ops.aten.index.Tensor else []
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        waiting = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default
+        self.waits += by_mask or operation in waiting
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("strategy", main.STRATEGIES)
+def test_a_step_waits_for_the_device_once_to_see_whether_masks_are_left(model, strategy):
+    counted = strategy not in ("threshold", "entropy_bound")
+    options = {"commit_schedule": "cosine", "remask_share": 0.3} if counted else {"entropy_bound": 0.0}
+    options |= {"top_p": 0.9, "guidance_scale": 1.0, "confidence_threshold": 1.0, "cache_refresh": 3}
+    config, seen = settings(remasking=strategy, inference_steps=12, **options), []
+    with CountWaits() as counter:
+        main.fill_masks(model, [[65, *[main.MASK] * 12]], config, on_step=lambda _: seen.append(counter.waits))
+    assert [after - before for before, after in itertools.pairwise(seen[1:])] == [1] * 11
 
 
 def test_with_a_cache_most_passes_compute_the_block_alone(model):

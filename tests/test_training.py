@@ -223,7 +223,7 @@ def test_resume_auto_takes_the_newest_run_and_a_raised_max_steps(text_folder):
 def test_max_minutes_ends_a_run_in_order(text_folder):
     started = time.monotonic()
     run_dir, console = train_tiny(
-        text_folder, "--max_minutes=0.2", "--max_steps=100000000", "--log_every=1", "--warmup_steps=0"
+        text_folder, "--max_minutes=0.08", "--max_steps=100000000", "--log_every=1", "--warmup_steps=0"
     )
     assert time.monotonic() - started < 60
     assert "done:" in console

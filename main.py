@@ -74,7 +74,7 @@ def by_size(cpu, gpu):
 class CONFIG:
     """All settings of a run, checked on creation: an InputError names the field, its value and what it accepts."""
 
-    # The two default sizes: 0.8 M parameters for ten minutes on a laptop, 10.7 M for a GPU
+    # The two default sizes: 0.8 M parameters for ten minutes on a laptop, 10.8 M for a GPU
     model_dim: int = by_size(cpu=128, gpu=384)  # [D] width of the residual stream
     num_layers: int = by_size(cpu=4, gpu=6)  # transformer blocks
     num_heads: int = by_size(cpu=4, gpu=6)  # [H] attention heads; model_dim / num_heads must be even for RoPE
@@ -117,7 +117,7 @@ class CONFIG:
 
     # Sampling
     remasking: str = "low_confidence"  # which masks are filled first: see `score_positions`
-    inference_steps: int = 256  # forward passes per response, shared by its blocks; not of threshold, entropy_bound
+    inference_steps: int = 0  # forward passes per response, of the first four strategies; 0: one for each byte
     commit_schedule: str = "linear"  # how many bytes each of them commits: linear; cosine begins slowly
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are committed
     entropy_bound: float = 1.0  # nats, of the strategy entropy_bound: higher commits more bytes at once
@@ -182,7 +182,7 @@ CHOICES |= {"attention": ("simplified_mla", "mla", "mha")}
 SHARES = {"dropout", "ema_decay", "random_length_prob", "remask_share"}
 MAY_BE_0 = {"seed", "num_workers", "conv_width", "mask_ratio_std", "muon_learning_rate", "weight_decay", "warmup_steps"}
 MAY_BE_0 |= {"max_minutes", "entropy_bound", "temperature", "guidance_scale", "block_length", "cache_refresh"}
-MAY_BE_0 |= {"num_samples", "q_lora_rank"}
+MAY_BE_0 |= {"num_samples", "q_lora_rank", "inference_steps"}
 
 
 def require(condition, name, value, accepted):
@@ -835,7 +835,7 @@ def denoise(model, canvas, config, generators):
     first, stop = masked_columns[0], masked_columns[-1] + 1
     block_length = config.block_length or stop - first
     starts = range(first, stop, block_length)
-    steps = max(1, config.inference_steps // len(starts))
+    steps = max(1, config.inference_steps // len(starts)) if config.inference_steps else block_length
     for start in starts:
         window = slice(start, min(start + block_length, stop))
         yield from denoise_block(model, canvas, is_given, window, steps, config, generators)
@@ -2058,7 +2058,7 @@ def main(argv=None):
         return command(rest)
     except (InputError, TrainingError, OSError) as error:
         reason = str(error).rpartition("\n")[2]  # of an error in a DataLoader's worker: without its traceback
-        print(f"error: {reason}", file=sys.stderr)
+        print("error:", *reason.splitlines(), file=sys.stderr)  # one line, whatever was typed
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:  # before or after the training loop, which catches the signal itself
         return 130

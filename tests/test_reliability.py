@@ -200,7 +200,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_kept_for_the_autopsy(text_fo
 
 @pytest.mark.parametrize("moment", ["validation", "start"])
 def test_a_signal_during_validation_or_the_start_saves_and_ends(text_folder, moment):
-    flags = [*TINY_FLAGS, "--max_steps=1000000000", "--validate_every=1", "--num_samples=4", "--inference_steps=400"]
+    flags = [*TINY_FLAGS, "--max_steps=1000000000", "--validate_every=1", "--num_samples=4"]
     process = start_main(text_folder, *flags, f"--name={moment}")
     if moment == "validation":
         wait_for(lambda: list(text_folder.glob("runs/*/samples.txt")))
@@ -215,9 +215,9 @@ def test_a_signal_during_validation_or_the_start_saves_and_ends(text_folder, mom
 
 
 def test_a_second_signal_ends_the_run_at_once(text_folder):
-    endless = ["--max_length=1000", "--num_samples=9", "--inference_steps=1000", "--validate_every=1"]
-    process = start_main(text_folder, *TINY_FLAGS, *endless)
-    wait_for(lambda: "bound" in process.stdout.readline())  # the samples of the validation take minutes now
+    long = ["--max_length=300", "--num_samples=300", "--validate_every=1"]
+    process = start_main(text_folder, *TINY_FLAGS, *long)
+    wait_for(lambda: "bound" in process.stdout.readline())  # its samples come next, and take some time
     process.send_signal(signal.SIGTERM)
     time.sleep(1)
     assert process.poll() is None
@@ -340,7 +340,7 @@ def test_any_accepted_size_trains_and_samples(tmp_path_factory, overrides):
     folder = tmp_path_factory.mktemp("any")
     for name in ("train.txt", "validation.txt"):
         (folder / name).write_bytes(random.Random(name).randbytes(100))
-    settings_ = {**TINY, **overrides, "model_dim": 4 * overrides["num_heads"], "max_steps": 2, "inference_steps": 3}
+    settings_ = {**TINY, **overrides, "model_dim": 4 * overrides["num_heads"], "max_steps": 2}
     here = os.getcwd()
     os.chdir(folder)
     try:

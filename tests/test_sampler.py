@@ -16,7 +16,7 @@ import main
 
 
 def settings(**overrides):
-    return main.CONFIG(**{**TINY, "block_length": 0, "inference_steps": 64, "temperature": 0.7, **overrides})
+    return main.CONFIG(**{**TINY, "block_length": 0, "temperature": 0.7, **overrides})
 
 
 @torch.no_grad()
@@ -44,7 +44,9 @@ def collect_steps(model, prompt, length, config, **options):
 
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "random"])
-@pytest.mark.parametrize("steps, expected", [(4, [3, 3, 2, 2]), (10, [1] * 10), (64, [1] * 10), (1, [10])])
+@pytest.mark.parametrize(
+    "steps, expected", [(4, [3, 3, 2, 2]), (10, [1] * 10), (64, [1] * 10), (1, [10]), (0, [1] * 10)]
+)
 def test_each_step_commits_its_share_the_remainder_first(model, remasking, steps, expected):
     config = settings(remasking=remasking, inference_steps=steps)
     masks = [int((s == main.MASK).sum()) for s in collect_steps(model, b"ab", 10, config)]
@@ -171,7 +173,7 @@ def naive_sampler(model, text, config, seed=0):
     holes = [i for i, token in enumerate(x) if token == main.MASK]
     block_length = config.block_length or holes[-1] + 1 - holes[0]
     starts = list(range(holes[0], holes[-1] + 1, block_length))
-    steps = max(1, config.inference_steps // len(starts))
+    steps = max(1, config.inference_steps // len(starts)) if config.inference_steps else block_length
     for start in starts:
         stop = min(start + block_length, holes[-1] + 1)
         block_holes = [i for i in holes if start <= i < stop]
@@ -254,7 +256,7 @@ def random_settings(rng, strategy=None, **overrides):
         remasking=strategy,
         temperature=temperature,
         top_p=rng.choice([1.0, 0.6]) if temperature else 1.0,
-        inference_steps=rng.randrange(1, 20),
+        inference_steps=rng.randrange(20),
         commit_schedule=rng.choice(["linear", "cosine"]) if counted else "linear",
         remask_share=rng.choice([0.0, 0.3]) if counted else 0.0,
         guidance_scale=rng.choice([0.0, 1.5]),

@@ -223,6 +223,16 @@ def test_evaluate_prints_the_same_table_for_the_same_seed_and_keeps_bound_and_ex
     assert json.loads(other.stdout)[0]["value"] != bound
 
 
+def test_evaluate_prints_nothing_but_json_where_the_validation_text_is_held_out(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.txt").write_bytes(b"to be or not to be, that is the question. " * 30)
+    train_tiny(tmp_path, "--max_steps=1")
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["evaluate", "--json", "--chunks=2"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)[0]["figure"] == "nelbo"
+    assert "held out" in output.err
+
+
 @pytest.mark.parametrize("conv_width", [0, 5])
 def test_profile_tells_speed_share_of_the_ceiling_and_parts_that_add_up(text_folder, conv_width):
     done = run_main(text_folder, "profile", *TINY_FLAGS, f"--conv_width={conv_width}")

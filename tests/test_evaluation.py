@@ -53,6 +53,11 @@ def test_statistics_of_a_copied_text_say_so():
     assert measures["distinct-3"][0] == pytest.approx(3 / 5)
 
 
+def test_words_of_other_scripts_are_known_too():
+    text = "и жизнь, и слёзы, и любовь".encode()
+    assert main.text_statistics(["да и жизнь и тень нет".encode()], text)["known words"][0] == pytest.approx(3 / 4)
+
+
 def write_text(tmp_path, config, size=400):
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(random.Random(1).choices(b"to be or not", k=size)))

@@ -151,6 +151,14 @@ def test_the_smallest_and_the_largest_noise_draw_possible_bytes():
     assert main.draw_bytes(logits, 1.0, 1.0, uniform).tolist() == [3, 200]
 
 
+def test_texts_may_be_bytes_and_without_any_mask(model):
+    assert main.fill_masks(model, [b"abc", [97, main.MASK]], settings())[0] == b"abc"
+
+
+def test_a_word_of_two_bytes_is_shown_as_it_is_and_masks_as_dots():
+    assert main.show_masks([*"ñ".encode(), main.MASK, 27, main.PAD]) == "ñ·\ufffd"
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_mode_of_the_model_is_restored(model, training):
     model.train(training)

@@ -1373,13 +1373,16 @@ class Writer:
         return write
 
 
-CUSTOM_SCALARS = {
+CUSTOM_SCALARS = {  # and the other tabs sort by name: train and val come first, what is looked at less after them
     "bound": {
         "training and validation text": ["Multiline", ["train/bits_per_byte", "val/.*bits_per_byte"]],
-        "by share of masks": ["Multiline", ["bits_by_mask_ratio/.*"]],
-        "hits by share of masks": ["Multiline", ["hits_by_mask_ratio/.*"]],
+        "by share of masks": ["Multiline", ["val_bits_by_mask_ratio/.*"]],
+        "hits by share of masks": ["Multiline", ["val_hits_by_mask_ratio/.*"]],
     },
-    "norms by group": {f"of the {kind}s": ["Multiline", [f"{kind}_norm/.*"]] for kind in ("gradient", "weight")},
+    "norms by group": {
+        "of the gradients": ["Multiline", ["train_gradient_norm/.*"]],
+        "of the weights": ["Multiline", ["weight_norm/.*"]],
+    },
 }
 
 
@@ -1553,12 +1556,12 @@ def validate(state, train_set, validation_set, log):
     writer.add_scalar("train/bits_per_byte", train_bound, step)
     writer.add_scalar("val/bits_per_byte", bound, step)
     writer.add_scalar("val/best_bits_per_byte", state.best_bound, step)
-    log.by_bytes.add_scalar("by_bytes/bits_per_byte", bound, step * bytes_per_step(config))
+    log.vs_bytes.add_scalar("vs_bytes/bits_per_byte", bound, step * bytes_per_step(config))
     bins = [(end, bits.mean().item(), hits.mean().item()) for end, bits, hits in by_mask_ratio(*measured)]
     for end, bits, hits in bins:
-        writer.add_scalar(f"bits_by_mask_ratio/to_{end:03d}_percent", bits, step)
-        writer.add_scalar(f"hits_by_mask_ratio/to_{end:03d}_percent", hits, step)
-    writer.add_image("bits_by_mask_ratio", bar_chart([bits for _, bits, _ in bins]), step, dataformats="HW")
+        writer.add_scalar(f"val_bits_by_mask_ratio/to_{end:03d}_percent", bits, step)
+        writer.add_scalar(f"val_hits_by_mask_ratio/to_{end:03d}_percent", hits, step)
+    writer.add_image("val_bits_by_mask_ratio", bar_chart([bits for _, bits, _ in bins]), step, dataformats="HW")
     show_samples(state, validation_set, log, f"## step {step:,}: bound {bound:.3f} bits per byte\n\n")
     if is_best:
         save_checkpoint(log.run_dir, "best.pt", state)
@@ -1578,7 +1581,7 @@ def show_samples(state, validation_set, log, report):
         report += as_code(title, show_masks(canvases[number].tolist()))
     if canvases:
         order = commit_order(canvases).repeat_interleave(4, 0).repeat_interleave(4, 1)
-        log.writer.add_image("commit_order", order, state.step, dataformats="HW")
+        log.writer.add_image("val_commit_order", order, state.step, dataformats="HW")
     log.writer.add_text("samples", report, state.step)
     with suppress(OSError), open(log.run_dir / "samples.txt", "a", encoding="utf-8") as file:  # a disk may be full
         file.write(report)
@@ -1677,7 +1680,7 @@ class StepLog:
     def __init__(self, state, run_dir):
         self.state, self.config, self.run_dir, self.next_line, self.validating = state, state.config, run_dir, 0.0, 0.0
         self.writer = Writer(run_dir, state.step + 1)
-        self.by_bytes = Writer(run_dir and run_dir / "by_bytes", state.step * bytes_per_step(state.config) + 1)
+        self.vs_bytes = Writer(run_dir and run_dir / "vs_bytes", state.step * bytes_per_step(state.config) + 1)
         describe_run(self.writer, state.config, state.step)
         hidden = rank() != 0 or not sys.stdout.isatty()
         shape = "{desc} |{bar}|"  # a narrow terminal cuts the bar, not the text
@@ -1693,7 +1696,7 @@ class StepLog:
     def close(self):
         self.bar.close()
         self.writer.close()
-        self.by_bytes.close()
+        self.vs_bytes.close()
 
     def add(self, loss, norms, scale):
         """After each step: note its loss, and write where something is due."""
@@ -1722,8 +1725,9 @@ class StepLog:
         writer.add_scalar("train/learning_rate", learning_rate, step)
         writer.add_scalar("train/bytes_per_second", bytes_per_second, step)
         writer.add_scalar("train/gradient_norm", norms.pop("all"), step)
-        self.by_bytes.add_scalar("by_bytes/loss", loss, bytes_seen)
-        for kind, group in (("gradient_norm", norms), ("weight_norm", norms_by_group(self.state.model, torch.detach))):
+        self.vs_bytes.add_scalar("vs_bytes/loss", loss, bytes_seen)
+        weights = norms_by_group(self.state.model, torch.detach)
+        for kind, group in (("train_gradient_norm", norms), ("weight_norm", weights)):
             for name, norm in group.items():
                 writer.add_scalar(f"{kind}/{name}", norm, step)
         text = f"step {step:,}/{config.max_steps:,}  loss {loss:.3f} nats/byte  lr {learning_rate:.2e}  "
@@ -2012,7 +2016,7 @@ MEMORIZED_BYTES = 2**26  # samples are compared with so much of the training tex
 
 
 def evaluate_command(argv):
-    fields = ("train_data_file", "validation_data_file", "temperature", "seed", "device")
+    fields = ("train_data_file", "validation_data_file", "max_length", "temperature", "seed", "device")
     parser = OneLineParser("main.py evaluate", "Likelihoods, infilling and samples of a model, with their errors.")
     parser.add_argument("--file", metavar="TEXT", help="another text to evaluate on")
     parser.add_argument("--chunks", type=int, default=16, help="chunks, holes and samples of each figure but the bound")

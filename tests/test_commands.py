@@ -215,12 +215,15 @@ def test_evaluate_prints_the_same_table_for_the_same_seed_and_keeps_bound_and_ex
     assert {"surest first", "infilling, greedy", "known words", "longest copy", "its prompt swapped"} <= values.keys()
     early = run_dir / "early.pt"
     torch.save(main.read_checkpoint(run_dir / "latest.pt") | {"step": 2}, early)
-    other = run_main(folder, "evaluate", "--chunks", "3", "--file", "train.txt", "--json", "--checkpoint", str(early))
+    options = ["--chunks", "3", "--max_length", "8", "--file", "train.txt", "--json", "--checkpoint", str(early)]
+    other = run_main(folder, "evaluate", *options)
     scalars = read_scalars(run_dir)
     assert scalars["evaluate/nelbo"][5] == pytest.approx(bound)
     assert 2 in scalars["evaluate/nelbo"]
     assert 5 in scalars["val/bits_per_byte"]  # evaluating an early step hides nothing of what came later
     assert json.loads(other.stdout)[0]["value"] != bound
+    (infilling,) = [row for row in json.loads(other.stdout) if row["figure"] == "infilling, greedy"]
+    assert infilling["about"] == "restored bytes of 4-byte holes in 8 bytes"
 
 
 def test_evaluate_prints_nothing_but_json_where_the_validation_text_is_held_out(tmp_path, monkeypatch, capsys):

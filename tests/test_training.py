@@ -137,23 +137,25 @@ def test_a_run_writes_what_the_readme_promises(text_folder):
     assert run_dir.name.startswith("diffusion_")
     assert {"latest.pt", "best.pt", "config.json", "samples.txt"} < {p.name for p in run_dir.iterdir()}
     scalars = read_scalars(run_dir)
-    tens = [f"{kind}_by_mask_ratio/to_{end:03d}_percent" for kind in ("bits", "hits") for end in range(10, 101, 10)]
-    groups = [f"{kind}_norm/{name}" for kind in ("gradient", "weight") for name in ("embedding", "head", "layer_0")]
+    tens = [f"val_{kind}_by_mask_ratio/to_{end:03d}_percent" for kind in ("bits", "hits") for end in range(10, 101, 10)]
+    groups = [
+        f"{kind}_norm/{name}" for kind in ("train_gradient", "weight") for name in ("embedding", "head", "layer_0")
+    ]
     assert set(scalars) >= {
         *("train/loss", "train/bits_per_byte", "train/learning_rate", "train/gradient_norm", "train/bytes_per_second"),
         *("val/bits_per_byte", "val/best_bits_per_byte", "val/final_bits_per_byte", *tens, *groups),
     }
     assert sorted(scalars["train/loss"]) == [10, 20, 30]
-    by_bytes = read_scalars(run_dir / "by_bytes")
+    by_bytes = read_scalars(run_dir / "vs_bytes")
     seen = {step * 8 * 16: value for step, value in scalars["train/loss"].items()}
-    assert by_bytes["by_bytes/loss"] == seen
-    assert by_bytes["by_bytes/bits_per_byte"] == {step * 128: v for step, v in scalars["val/bits_per_byte"].items()}
+    assert by_bytes["vs_bytes/loss"] == seen
+    assert by_bytes["vs_bytes/bits_per_byte"] == {step * 128: v for step, v in scalars["val/bits_per_byte"].items()}
     assert sorted(scalars["val/bits_per_byte"]) == [10, 20, 30]
     assert sorted(scalars["train/bits_per_byte"]) == [10, 20, 30]
     events = read_events(run_dir)
     assert {"samples/text_summary", "config/text_summary", "custom_scalars__config__"} <= set(events.Tags()["tensors"])
     assert set(events.PluginTagToContent("hparams")) > {"_hparams_/experiment", "_hparams_/session_start_info"}
-    assert {"commit_order", "bits_by_mask_ratio"} <= set(events.Tags()["images"])
+    assert {"val_commit_order", "val_bits_by_mask_ratio"} <= set(events.Tags()["images"])
     assert str(run_dir.resolve()) in console
     assert "tensorboard --logdir=" in console
     for word in ("cpu", "fp32", "parameters", "bytes each", "epochs", "duration"):
@@ -205,7 +207,7 @@ def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_unbroken_one(text_fo
     for weights in ("model", "ema"):
         for name, tensor in one[weights].items():
             assert torch.equal(tensor, two[weights][name]), (weights, name)
-    for folder in ("", "by_bytes"):
+    for folder in ("", "vs_bytes"):
         logged = [read_scalars(run / folder) for run in (whole, part)]
         for tag in logged[0].keys() - {"train/bytes_per_second"}:
             assert logged[0][tag] == pytest.approx(logged[1][tag], nan_ok=True), tag

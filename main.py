@@ -151,6 +151,8 @@ class CONFIG:
             has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             self.amp_dtype = "bf16" if has_bf16 else "fp16" if on_cuda else "fp32"
         for name, value in vars(self).items():
+            if type(value) in (int, float):
+                require(value <= 1e9 or name == "seed" and value < 2**63, name, value, "at most 10^9 (seed: 2^63)")
             if name in CHOICES:
                 require(value in CHOICES[name], name, value, "one of " + ", ".join(CHOICES[name]))
             elif name in SHARES:
@@ -162,17 +164,18 @@ class CONFIG:
         even = self.model_dim % (2 * self.num_heads) == 0
         require(even, "num_heads", self.num_heads, f"so that model_dim={self.model_dim} / num_heads is even")
         require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim, "even")
-        require(self.seed < 2**63, "seed", self.seed, "below 2^63")
         fits = self.max_length <= self.rope_max_length_buffer
         require(fits, "max_length", self.max_length, f"at most rope_max_length_buffer={self.rope_max_length_buffer}")
         require(self.conv_width % 2 or not self.conv_width, "conv_width", self.conv_width, "odd, to be centred, or 0")
         require(self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(not 0 < self.temperature < 1e-3, "temperature", self.temperature, "0, or at least 0.001")
         require(self.temperature or self.top_p == 1, "top_p", self.top_p, "1 at temperature=0, where nothing is drawn")
         if self.remasking in ("threshold", "entropy_bound"):  # they have no plan of steps to follow
             unplanned = f"the default with remasking={self.remasking}"
             require(self.commit_schedule == "linear", "commit_schedule", self.commit_schedule, unplanned)
             require(not self.remask_share, "remask_share", self.remask_share, unplanned)
-        require(re.fullmatch(r"[^/\\\0]+", self.name), "name", self.name, "a plain folder name without slashes")
+        is_plain = re.fullmatch(r"[^/\\]+", self.name) and self.name.isprintable()
+        require(is_plain, "name", self.name, "a plain folder name without slashes")
 
 
 AMP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,7 +195,7 @@ def require(condition, name, value, accepted):
 
 def check_type(name, value, expected):
     """`value` as the field's type; an int passes for a float, nothing else is converted."""
-    if expected is float and type(value) is int:
+    if expected is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     fits = type(value) is expected and (expected is not float or math.isfinite(value))
     require(fits, name, value, "a finite number" if expected is float else f"of type {expected.__name__}")
@@ -235,9 +238,6 @@ class ByteLevelTextDataset(Dataset):
 
     def __reduce__(self):  # a DataLoader worker opens the file anew instead of receiving a copy of its content
         return ByteLevelTextDataset, (self.path, self.max_length, self.seed, self.start, self.stop)
-
-    def in_file_order(self):
-        return ByteLevelTextDataset(self.path, self.max_length, None, self.start, self.stop)
 
     def __len__(self):
         return math.ceil(len(self.bytes) / self.max_length)
@@ -292,8 +292,9 @@ def file_size(path):
     try:
         with open(path, "rb") as file:
             return file.seek(0, os.SEEK_END)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None
 
 
 def starter_corpus():
@@ -354,7 +355,13 @@ def batch_indices(config, first_step):
 def data_loader(dataset, config, first_step):
     batches = batch_indices(config, first_step)  # the dataset returns each one whole: nothing is left to collate
     options = {"num_workers": config.num_workers, "pin_memory": config.device.startswith("cuda")}
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=torch.as_tensor, **options)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=torch.as_tensor, worker_init_fn=leave_group, **options)
+
+
+def leave_group(_):
+    """Ctrl-C is for the trainer: the DataLoader's workers are out of its reach, and end once the trainer has saved."""
+    if hasattr(os, "setpgrp"):  # not so on Windows
+        os.setpgrp()
 
 
 def derive_seed(*numbers):
@@ -512,7 +519,7 @@ ATTENTIONS = {"simplified_mla": SimplifiedMLAttention, "mla": MultiHeadLatentAtt
 def mish(x):
     """x * tanh(softplus(x)) (arXiv 1908.08681) by one exponential. F.mish takes three on a CPU: a compiled step of the
     default size took 120 ms with it and 112 ms with this (the shortest of 40 each, in turn)."""
-    exp = torch.exp(x.clamp(max=20))  # beyond 20 it is x to the last bit, and exp must not overflow
+    exp = torch.exp(x.float().clamp(max=20))  # beyond 20 it is x to the last bit; float16 would overflow at 5.5
     ratio = exp * (exp + 2)
     return x * (ratio / (ratio + 2))
 
@@ -710,6 +717,7 @@ def draw_bytes(logits, temperature, top_p, uniform):
     if top_p < 1:
         ordered, order = probs.sort(descending=True)
         is_tail = ordered.cumsum(dim=-1) - ordered >= top_p
+        is_tail[:, 0] = False  # the most probable one stays, however small top_p is
         probs = probs.masked_fill(torch.zeros_like(is_tail).scatter(-1, order, is_tail), 0.0)
     cumulative = probs.cumsum(dim=-1, dtype=uniform.dtype)
     reached = cumulative <= uniform[:, None] * cumulative[:, -1:]
@@ -742,18 +750,16 @@ def count_commits(config, scores, quota):
         return (scores >= config.confidence_threshold).sum(dim=1).clamp(min=1)
     if config.remasking == "entropy_bound":
         entropies = scores.neg().sort(dim=1).values
-        return (entropies.cumsum(dim=1) - entropies <= config.entropy_bound).sum(dim=1)
+        return (entropies.cumsum(dim=1) - entropies <= config.entropy_bound).sum(dim=1).clamp(min=1)
     return quota.clamp(min=1)
 
 
-def masks_left(num_masks, steps, schedule):
-    """How many of num_masks [N] should be left after each step: [steps, N]. `linear` as in LLaDA, the remainder
-    spread over the first steps; `cosine` commits few at first, when least is known (MaskGIT, MD4)."""
+def masks_left(num_masks, step, steps, schedule):
+    """How many of num_masks [N] should be left after `step` of `steps`. `linear` as in LLaDA, the remainder on the
+    first steps; `cosine` commits few at first, when least is known (MaskGIT, MD4)."""
     if schedule == "cosine":
-        shares = [[math.cos(math.pi / 2 * step / steps)] for step in range(1, steps + 1)]
-        return (torch.tensor(shares, dtype=torch.double) * num_masks.cpu()).floor().long().to(num_masks.device)
-    step = torch.arange(1, steps + 1, device=num_masks.device)[:, None]
-    return num_masks - step * (num_masks // steps) - torch.minimum(step, num_masks % steps)
+        return (num_masks * math.cos(math.pi / 2 * step / steps)).floor().long()
+    return num_masks - step * (num_masks // steps) - (num_masks % steps).clamp(max=step)
 
 
 def choose_remasked(config, is_committed, confidence, target, uniform):
@@ -790,7 +796,7 @@ def denoise_block(model, canvas, is_given, window, steps, config, generators):
     """Fill the MASKs of canvas[:, window]; yields the canvas after each step."""
     block = canvas[:, window]  # a view: what is written to it stands in the canvas
     is_hole, has_pad = block == MASK, bool((canvas == PAD).any())
-    targets = masks_left(is_hole.sum(dim=1), steps, config.commit_schedule)
+    num_masks = is_hole.sum(dim=1)  # [N]
     confidence = torch.zeros(block.shape, device=canvas.device)  # of each byte when it was committed
     for step in itertools.count():
         is_masked = block == MASK
@@ -805,7 +811,7 @@ def denoise_block(model, canvas, is_given, window, steps, config, generators):
         drawn = draw_bytes(logits, config.temperature, config.top_p, uniform[masks][:, 0])  # [M]
         scores = torch.full_like(confidence, -torch.inf)  # [N, W]
         scores[masks] = score_positions(config.remasking, probs, drawn, uniform[masks][:, 1].float())
-        target = targets[min(step, steps - 1)]
+        target = masks_left(num_masks, min(step + 1, steps), steps, config.commit_schedule)
         quota = is_masked.sum(dim=1) - target
         if config.remask_share:
             is_remasked = choose_remasked(config, is_hole & ~is_masked, confidence, target, uniform[:, :, 2:])
@@ -833,7 +839,7 @@ def denoise(model, canvas, config, generators):
     if not masked_columns:
         return
     first, stop = masked_columns[0], masked_columns[-1] + 1
-    block_length = config.block_length or stop - first
+    block_length = min(config.block_length or stop, stop - first)
     starts = range(first, stop, block_length)
     steps = max(1, config.inference_steps // len(starts)) if config.inference_steps else block_length
     for start in starts:
@@ -855,6 +861,8 @@ def fill_masks(model, texts, config, seed=None, on_step=None):
     Raises:
         InputError: a text is too long, or guidance_scale is set and a text has no given byte.
     """
+    if not texts:
+        return []
     texts, scale = [list(text) for text in texts], config.guidance_scale
     require(not scale or all(set(text) - {MASK} for text in texts), "guidance_scale", scale, "0 without a prompt")
     firsts = [[*text, MASK].index(MASK) for text in texts]
@@ -921,7 +929,7 @@ class CanvasView:
             return
         was_masked = (canvas if self.before is None else self.before) == MASK
         self.before = canvas.clone()
-        dim, fresh, plain = ("", "", "") if "NO_COLOR" in os.environ else ("\x1b[2m", "\x1b[1;32m", "\x1b[0m")
+        dim, fresh, plain = ("", "", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[1;32m", "\x1b[0m")
         screen = "\x1b[H\x1b[2J"
         for row in zip(canvas.tolist(), was_masked.tolist()):
             for (is_masked, is_fresh), group in itertools.groupby(zip(*row), lambda t: (t[0] == MASK, t[1])):
@@ -960,7 +968,7 @@ def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
     All processes of a distributed run take part and get the same result.
 
     Args:
-        dataset: a ByteLevelTextDataset in file order (seed=None), hence in chunks that do not overlap.
+        dataset: a ByteLevelTextDataset, whose first epoch is measured: chunks that do not overlap.
         max_bytes: if above 0, about so many bytes, in chunks spread evenly over the text.
     """
     device = next(model.parameters()).device
@@ -973,7 +981,7 @@ def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
         for number, rows in enumerate(torch.arange(num_chunks).split(batch_size)):
             scores = torch.rand(len(rows), dataset.max_length, generator=generator)
             if number % world_size() == rank() % world_size():
-                x0 = dataset.__getitems__(chunks[rows]).to(device)
+                x0 = dataset.__getitems__(chunks[rows.numpy()]).to(device)
                 logits, nats, is_masked = predict_masked(model, x0, t[rows].to(device), scores.to(device))
                 lengths = (x0 != PAD).sum(dim=1)
                 bits, hits = (mean_of_masked(v, is_masked) for v in (nats * BITS_PER_NAT, logits.argmax(-1) == x0))
@@ -1132,7 +1140,7 @@ def continue_validation_prompts(model, dataset, config, on_step=None):
     chunks = [len(dataset) * number // config.num_samples for number in range(config.num_samples)]
     x0 = [bytes(b for b in dataset[chunk].tolist() if b != PAD) for chunk in chunks]
     texts = [[*x[:prompt_length], *[MASK] * len(x[prompt_length:])] for x in x0]
-    filled = fill_masks(model, texts, config, on_step=on_step) if texts else []
+    filled = fill_masks(model, texts, config, on_step=on_step)
     return [(x[:prompt_length], y[prompt_length:], x[prompt_length:]) for x, y in zip(x0, filled)]
 
 
@@ -1239,7 +1247,7 @@ class TrainingState:
                 optimizer.load_state_dict(saved)
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise InputError(f"the checkpoint does not fit this CONFIG, leave out what changes it ({reason})") from None
         self.step, self.minutes, self.best_bound = state["step"], state["minutes"], state["best_bound"]
@@ -1277,11 +1285,13 @@ def read_checkpoint(path):
         if damaged:
             raise InputError(f"{damaged} does not have its checksum: the file is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle cannot run code
+    except PermissionError:
+        raise  # says nothing of what the file holds
     except Exception as error:  # noqa: BLE001  damaged files make zipfile and torch.load raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
     version = state.get("version") if isinstance(state, dict) else None
-    if version != CHECKPOINT_VERSION:
+    if version != CHECKPOINT_VERSION or not isinstance(state.get("config"), dict):
         raise InputError(f"{path}: a checkpoint of version {version}, and this program reads {CHECKPOINT_VERSION}")
     return state
 
@@ -1338,7 +1348,7 @@ def load_checkpoint(path, device="auto"):
     model = MaskPredictor(config).to(config.device).eval().requires_grad_(False)
     try:
         model.load_state_dict(state["ema"])
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its weights are not of its CONFIG ({str(error).splitlines()[-1].strip()})") from None
     return model, config, state
 
@@ -1349,8 +1359,13 @@ def load_checkpoint(path, device="auto"):
 def say(text):
     """Print a line above the progress bar, once per run."""
     if rank() == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except OSError as error:  # a closed pipe, a full disk: the run matters more than what it says
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered must go somewhere
+            with suppress(OSError):
+                print(f"warning: the standard output is gone ({error.strerror}); going on without it", file=sys.stderr)
 
 
 class Writer:
@@ -1395,7 +1410,9 @@ def describe_run(writer, config, step):
 
     settings = dataclasses.asdict(config)
     writer.add_text("config", as_code("", json.dumps(settings, indent=2)), step)
-    settings = {name: settings[name] for name in list(settings)[: list(settings).index("remasking")] + ["seed"]}
+    names = [*itertools.takewhile(lambda name: name != "remasking", settings), "seed"]
+    settings = {name: settings[name] for name in names}
+    settings |= {name: printable(os.fsencode(v)) for name, v in settings.items() if type(v) is str}
     writer.add_custom_scalars(CUSTOM_SCALARS)
     for summary in hparams(settings, dict.fromkeys(("val/final_bits_per_byte", "val/best_bits_per_byte"))):
         if writer.writer:  # its own add_hparams would make a second run of each run
@@ -1447,10 +1464,13 @@ def explained_errors(config):
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
+        too_large = "can't allocate memory" in reason or "Storage size" in reason
+        if isinstance(error, torch.OutOfMemoryError) or too_large:
             names = "batch_size", "max_length", "model_dim", "ffn_dim", "num_layers"
             sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
             raise TrainingError(f"out of memory with {sizes}; lower the first, or any of them ({reason})") from None
+        if "DataLoader worker" in reason:
+            raise TrainingError(f"a process that reads the text is gone; go on with --resume auto ({reason})") from None
         if isinstance(error, dist.DistError) or "gloo" in reason:
             raise TrainingError(f"another process is gone; go on with --resume auto ({reason})") from None
         raise
@@ -1546,7 +1566,7 @@ def validate(state, train_set, validation_set, log):
     """Bounds and samples of the averaged weights, to console, TensorBoard and samples.txt; saves best.pt."""
     started = time.monotonic()
     config, model, step, writer = state.config, state.ema, state.step, log.writer
-    train_bound, _ = estimate_nelbo(model, train_set.in_file_order(), config.validation_bytes)
+    train_bound, _ = estimate_nelbo(model, train_set, config.validation_bytes)
     lengths, *measured = measure_chunks(model, validation_set, config.validation_bytes)
     bound, error = mean_over_bytes(measured[1], lengths)
     is_best, state.best_bound = bound < state.best_bound, min(state.best_bound, bound)
@@ -1958,7 +1978,7 @@ def train_command(argv):
     add_config_flags(parser)
     overrides = vars(parser.parse_args(argv))
     run_dir, checkpoint = overrides.pop("resume"), None
-    if run_dir:
+    if run_dir is not None:
         run_dir = newest_run() if run_dir == "auto" else Path(run_dir)
         checkpoint = resumable_checkpoint(run_dir)
     config = saved_config(checkpoint, **overrides) if checkpoint else CONFIG(**overrides)
@@ -1972,7 +1992,7 @@ def load_for_command(parser, fields, argv):
     parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or a run's folder (default: the newest run)")
     add_config_flags(parser, fields)
     arguments = parser.parse_args(argv)
-    path = Path(arguments.checkpoint or newest_run())
+    path = newest_run() if arguments.checkpoint is None else Path(arguments.checkpoint)
     model, config, state = load_checkpoint(path, getattr(arguments, "device", "auto"))
     overrides = {name: value for name, value in vars(arguments).items() if hasattr(config, name)}
     return arguments, model, dataclasses.replace(config, **overrides), path, state["step"]
@@ -1998,7 +2018,9 @@ def generate_command(argv):
         accepted = f"below max_length={config.max_length}, or give --response_length"
         require(length > 0 or MASK in given, "prompt", f"{len(given)} bytes", accepted)
     text, on_step = text_with_hole(prompt, length, suffix, config), CanvasView() if arguments.watch else None
-    for number, filled in enumerate(fill_masks(model, [text] * arguments.samples, config, on_step=on_step)):
+    with explained_errors(config):
+        samples = fill_masks(model, [text] * arguments.samples, config, on_step=on_step)
+    for number, filled in enumerate(samples):
         if arguments.samples > 1:
             print(f"--- seed {config.seed + number}")
         print(printable(filled) if sys.stdout.isatty() else filled.decode(errors="replace"))
@@ -2008,7 +2030,7 @@ def generate_command(argv):
 
 def holes_to_masks(text):
     """ "a{3}b" as [97, MASK, MASK, MASK, 98]."""
-    parts = re.split(r"\{(\d{1,6})\}", text)  # text and lengths of holes in turn
+    parts = re.split(r"\{([0-9]{1,6})\}", text)  # text and lengths of holes in turn
     return [token for i, part in enumerate(parts) for token in ([MASK] * int(part) if i % 2 else os.fsencode(part))]
 
 
@@ -2022,12 +2044,14 @@ def evaluate_command(argv):
     parser.add_argument("--chunks", type=int, default=16, help="chunks, holes and samples of each figure but the bound")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     arguments, model, config, path, step = load_for_command(parser, fields, argv)
-    require(arguments.chunks > 1, "chunks", arguments.chunks, "above 1")
+    require(1 < arguments.chunks <= 4096, "chunks", arguments.chunks, "2 to 4096")
     with redirect_stdout(sys.stderr):  # notices; the standard output is for the figures
         train_set, dataset = open_datasets(config)
-    dataset = ByteLevelTextDataset(arguments.file, config.max_length) if arguments.file else dataset
+    if arguments.file is not None:
+        dataset = ByteLevelTextDataset(arguments.file, config.max_length)
     training_text = train_set.bytes[:MEMORIZED_BYTES].tobytes()
-    figures = evaluate(model, config, dataset, training_text, arguments.chunks, getattr(arguments, "seed", 0))
+    with explained_errors(config):
+        figures = evaluate(model, config, dataset, training_text, arguments.chunks, getattr(arguments, "seed", 0))
     print(json.dumps(figures, indent=2) if arguments.json else as_table(figures))
     writer = Writer(path.parent if path.is_file() else path)
     known = [row for row in figures if row["value"] is not None]
@@ -2035,7 +2059,7 @@ def evaluate_command(argv):
         writer.add_scalar("evaluate/" + row["figure"].replace(" ", "_"), row["value"], step)
     curve = [row["value"] or math.nan for row in figures if row["figure"].startswith("masked to")]
     writer.add_image("evaluate/bits_by_mask_ratio", bar_chart(curve), step, dataformats="HW")
-    writer.add_text("evaluate", as_code(dataset.path, as_table(figures)), step)
+    writer.add_text("evaluate", as_code(printable(os.fsencode(dataset.path)), as_table(figures)), step)
     writer.close()
     print(f"({path}, step {step:,}, {dataset.path}, {len(dataset.bytes):,} bytes)", file=sys.stderr)
     return 0
@@ -2055,13 +2079,14 @@ COMMANDS = {"generate": generate_command, "evaluate": evaluate_command, "profile
 def main(argv=None):
     """Run the command line `argv` (default: sys.argv). Returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  the shell's >&- closes it
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         sys.stdout.reconfigure(errors="replace")  # a console that is not UTF-8 shows what it can
     command, rest = (COMMANDS[argv[0]], argv[1:]) if argv and argv[0] in COMMANDS else (train_command, argv)
     try:
         return command(rest)
     except (InputError, TrainingError, OSError) as error:
-        reason = str(error).rpartition("\n")[2]  # of an error in a DataLoader's worker: without its traceback
+        reason = str(error).strip().rpartition("\n")[2].rpartition("InputError: ")[2]  # a worker's has its traceback
         print("error:", *reason.splitlines(), file=sys.stderr)  # one line, whatever was typed
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:  # before or after the training loop, which catches the signal itself

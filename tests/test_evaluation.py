@@ -84,6 +84,14 @@ def test_the_chunks_behind_the_bound_cover_the_text_once_and_the_last_one_partly
     assert mean == pytest.approx(((bits * lengths).sum() / 397).item())
 
 
+@pytest.mark.parametrize("chunks", [1, 64, 65, 129])
+def test_texts_of_any_number_of_chunks_are_measured(tmp_path, model, config, chunks):
+    dataset = write_text(tmp_path, config, size=16 * chunks)
+    lengths, _, bits, _ = main.measure_chunks(model, dataset)
+    assert lengths.tolist() == [16] * chunks
+    assert (bits > 0).all()
+
+
 def test_each_bin_of_the_mask_ratio_averages_its_own_chunks():
     measured = torch.tensor([[0.05, 0.1, 0.11, 1.0], [1.0, 3.0, 5.0, 7.0], [0.9, 0.7, 0.5, 0.1]]).double()
     rows = main.by_mask_ratio(*measured)

@@ -142,11 +142,16 @@ def test_the_norm_is_root_mean_square(model):
 
 
 def test_mish_and_its_gradient_are_those_of_pytorch():
-    x = torch.cat([torch.linspace(-30, 30, 601), torch.tensor([-1e4, 1e4])]).double().requires_grad_()
+    x = torch.cat([torch.linspace(-30, 30, 601), torch.tensor([-1e4, 1e4])]).requires_grad_()
     ours, theirs = main.mish(x), torch.nn.functional.mish(x)
-    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs)]
-    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_mish_does_not_overflow_in_half_precision():
+    x = torch.tensor([-60000.0, -20.0, 3.0, 6.0, 20.0, 60000.0])
+    torch.testing.assert_close(main.mish(x.half()).float(), torch.nn.functional.mish(x), rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

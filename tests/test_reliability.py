@@ -28,13 +28,14 @@ ROUNDS = int(os.environ.get("RELIABILITY_ROUNDS", "5"))
 QUICK = [*TINY_FLAGS, "--num_samples=0", "--max_steps=1000000000", "--checkpoint_every=1", "--validate_every=7"]
 
 
-def start_main(folder, *arguments):
+def start_main(folder, *arguments, **options):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        **options,
     )
 
 
@@ -198,6 +199,26 @@ def test_a_step_that_is_not_finite_is_not_taken_and_kept_for_the_autopsy(text_fo
     assert str(autopsy["offsets"][0]) in message
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
+def test_ctrl_c_reaches_the_trainer_and_not_the_workers_that_feed_it(text_folder):
+    process = start_main(text_folder, *QUICK, "--num_workers=2", start_new_session=True)
+    wait_for(lambda: list(text_folder.glob("runs/*/latest.pt")))
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopped at step" in output
+    assert "Traceback" not in output
+
+
+def test_training_goes_on_when_nobody_reads_its_output_any_more(text_folder):
+    process = start_main(text_folder, *TINY_FLAGS, "--num_samples=0", "--max_steps=200", "--validate_every=20")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    (latest,) = text_folder.glob("runs/*/latest.pt")
+    assert main.read_checkpoint(latest)["step"] == 200
+
+
 @pytest.mark.parametrize("moment", ["validation", "start"])
 def test_a_signal_during_validation_or_the_start_saves_and_ends(text_folder, moment):
     flags = [*TINY_FLAGS, "--max_steps=1000000000", "--validate_every=1", "--num_samples=4"]
@@ -226,13 +247,14 @@ def test_a_second_signal_ends_the_run_at_once(text_folder):
     assert process.returncode == -signal.SIGTERM
 
 
-def test_a_text_that_shrinks_while_it_is_used_ends_the_run_in_one_line(text_folder):
-    process = start_main(text_folder, *QUICK)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_text_that_shrinks_while_it_is_used_ends_the_run_in_one_line(text_folder, workers):
+    process = start_main(text_folder, *QUICK, f"--num_workers={workers}")
     wait_for(lambda: list(text_folder.glob("runs/*/latest.pt")))
     os.truncate(text_folder / "train.txt", 100)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
-    assert "train.txt: has become shorter than its 1,800 bytes" in output
+    assert "error: train.txt: has become shorter than its 1,800 bytes" in output
     assert "Traceback" not in output
 
 
@@ -265,9 +287,8 @@ def test_training_on_the_validation_text_is_warned_of(text_folder):
 
 
 def test_running_out_of_memory_names_the_fields_with_their_values(text_folder):
-    done = run_main(text_folder, *[flag for flag in TINY_FLAGS if "ffn" not in flag], f"--ffn_dim={10**11}")
-    message = one_line(done, 1)
-    assert "out of memory with batch_size=8, max_length=16, model_dim=32, ffn_dim=100000000000" in message
+    message = one_line(run_main(text_folder, *TINY_FLAGS, "--model_dim=2000", f"--ffn_dim={10**9}"), 1)
+    assert "out of memory with batch_size=8, max_length=16, model_dim=2000, ffn_dim=1000000000" in message
 
 
 NUMBERS = st.one_of(st.integers(-3, 70), st.floats(-2, 40), st.sampled_from([10**9, -(10**9), 2**64, 1e-9, 1e300]))

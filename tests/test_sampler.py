@@ -94,6 +94,13 @@ def test_every_option_changes_the_result(model):
         assert main.run_conditional_diffusion_inference(model, b"", 12, changed) != reference, name
 
 
+def test_more_steps_or_longer_blocks_than_bytes_are_no_mistake(model):
+    reference = collect_steps(model, b"", 12, settings())
+    for overrides in ({"inference_steps": 10**9}, {"block_length": 10**9}):
+        states = collect_steps(model, b"", 12, settings(**overrides))
+        assert all(torch.equal(a, b) for a, b in zip(states, reference, strict=True))
+
+
 def test_each_option_of_one_strategy_changes_the_result(model):
     for remasking, name, value in (
         ("threshold", "confidence_threshold", 0.02),
@@ -131,6 +138,7 @@ def test_a_seed_fixes_the_sample_whatever_the_global_generator(model):
         (0.5, 1.0, [0.09 / 0.38, 0.25 / 0.38, 0.04 / 0.38]),
         (1.0, 0.8, [0.375, 0.625, 0.0]),
         (1.0, 0.5, [0.0, 1.0, 0.0]),
+        (1.0, 1e-300, [0.0, 1.0, 0.0]),
         (0.0, 1.0, [0.0, 1.0, 0.0]),
     ],
 )
@@ -151,7 +159,15 @@ def test_the_smallest_and_the_largest_noise_draw_possible_bytes():
     assert main.draw_bytes(logits, 1.0, 1.0, uniform).tolist() == [3, 200]
 
 
+def test_predictions_that_are_not_numbers_still_end(model):
+    with torch.no_grad():
+        model.output.weight.fill_(torch.nan)
+    for strategy in main.STRATEGIES:
+        main.fill_masks(model, [[65, *[main.MASK] * 5]], settings(remasking=strategy))
+
+
 def test_texts_may_be_bytes_and_without_any_mask(model):
+    assert main.fill_masks(model, [], settings()) == []
     assert main.fill_masks(model, [b"abc", [97, main.MASK]], settings())[0] == b"abc"
 
 
@@ -428,8 +444,9 @@ def test_remasking_corrects_bytes_and_still_ends_in_the_same_number_of_steps(mod
 
 
 def test_the_cosine_schedule_begins_slowly():
-    assert main.masks_left(torch.tensor([16]), 4, "cosine").flatten().tolist() == [14, 11, 6, 0]
-    assert main.masks_left(torch.tensor([10, 3]), 4, "linear").tolist() == [[7, 2], [4, 1], [2, 0], [0, 0]]
+    assert [main.masks_left(torch.tensor([16]), step, 4, "cosine").item() for step in (1, 2, 3, 4)] == [14, 11, 6, 0]
+    linear = [main.masks_left(torch.tensor([10, 3]), step, 4, "linear").tolist() for step in (1, 2, 3, 4)]
+    assert linear == [[7, 2], [4, 1], [2, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("options", [{"remasking": "random"}, {"remasking": "margin"}, {"block_length": 1}])

@@ -391,8 +391,8 @@ class LatentCache:
     """For fast sampling alone: in training every `cache` below is None.
 
     What a layer keeps of a pass over the whole canvas, so that the next passes compute only the positions of `window`:
-    of every position what `Attention.compress` returned, [B, L, numbers kept] (not its K and V, which are 2 D / R times
-    larger), and for the convolution the residual stream [B, conv_width // 2, D] on either side of the window.
+    of every position what `Attention.compress` returned, [B, L, numbers kept] (a latent, where K and V would be 2 D / R
+    times larger), and for the convolution the residual stream [B, conv_width // 2, D] on either side of the window.
     """
 
     def __init__(self, window, conv_width):
@@ -859,7 +859,7 @@ def fill_masks(model, texts, config, seed=None, on_step=None):
         on_step: called with the canvas [N, L] int64 before the first and after each step; PAD is around shorter texts.
 
     Raises:
-        InputError: a text is too long, or guidance_scale is set and a text has no given byte.
+        InputError: so aligned they exceed rope_max_length_buffer, or guidance_scale meets a text without given bytes.
     """
     if not texts:
         return []
@@ -1290,8 +1290,9 @@ def read_checkpoint(path):
     except Exception as error:  # noqa: BLE001  damaged files make zipfile and torch.load raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
-    version = state.get("version") if isinstance(state, dict) else None
-    if version != CHECKPOINT_VERSION or not isinstance(state.get("config"), dict):
+    is_ours = isinstance(state, dict) and isinstance(state.get("config"), dict)
+    version = state.get("version") if is_ours else None
+    if version != CHECKPOINT_VERSION:
         raise InputError(f"{path}: a checkpoint of version {version}, and this program reads {CHECKPOINT_VERSION}")
     return state
 
@@ -1459,7 +1460,7 @@ def distributed_run(config):
 
 @contextmanager
 def explained_errors(config):
-    """Says what to do about two errors that torch raises in many forms."""
+    """Says what to do about errors that torch raises in many forms: too little memory, another process that is gone."""
     try:
         yield
     except RuntimeError as error:

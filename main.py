@@ -4,14 +4,14 @@
     tensorboard --logdir=runs                             watch the run
     python main.py --model_dim 256 --max_steps 5000       every field of CONFIG is a flag
     python main.py --resume auto                          go on with the newest run
-    python main.py generate --prompt "ROMEO:" --watch     sample from the newest run and see the text crystallize
+    python main.py generate --prompt "ROMEO:" --watch     sample from the newest run and see the text emerge
     python main.py evaluate                               how good the newest run is, in many figures
-    python main.py profile                                where the time of a training step goes
+    python main.py profile                                how fast a training step is, and where its time goes
     torchrun --nproc_per_node=8 main.py                   the same training on eight GPUs
 
-The idea: hide k of the L bytes of a text behind a MASK, let a bidirectional transformer predict all of them at once,
-and train it for every k from 1 to L. Such a model writes by starting from nothing but MASK and uncovering it, surest
-bytes first.
+The idea: replace k of the L bytes of a text by MASK and let a bidirectional transformer predict all of them at once.
+Train it for every k from 1 to L. Such a model writes by starting from nothing but MASK and unmasking it step by step.
+Where the text is given and where it is masked is free: continuing and filling a hole are the same.
 
 Shapes: B sequences, L bytes each, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values.
 
@@ -21,6 +21,8 @@ MD4    arXiv 2406.04329   the same objective, derived as a weighted integral of 
 """
 
 import argparse
+import ast
+import codecs
 import copy
 import dataclasses
 import difflib
@@ -32,8 +34,11 @@ import mmap
 import os
 import re
 import signal
+import stat
 import sys
+import sysconfig
 import time
+import warnings
 import zipfile
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -45,8 +50,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn import RMSNorm  # x / sqrt(mean(x^2) + eps) * weight
-from torch.profiler import record_function
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 PAD, MASK, UNK = 256, 257, 258  # input embedding alone: the output has 256 rows. UNK is free, all bytes are known
@@ -60,6 +64,14 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on. `main` prints it as one line and exits with code 1."""
+
+
+# ######################################################################################################################
+# PART 1: THE METHOD. What is special to masked diffusion, to be read in one go with the LLaDA paper in the other hand.
+#         CONFIG, data, model, objective, sampler, training
+# PART 2: THE MACHINERY. What any trainer needs; to be looked up when you need it.
+#         evaluation, optimizer, checkpoints, logging, many processes, profile, checks of CONFIG, command line
+# ######################################################################################################################
 
 
 # === CONFIG: edit a default here, or give the flag of the same name ===================================================
@@ -79,33 +91,32 @@ class CONFIG:
     num_layers: int = by_size(cpu=4, gpu=6)  # transformer blocks
     num_heads: int = by_size(cpu=4, gpu=6)  # [H] attention heads; model_dim / num_heads must be even for RoPE
     kv_latent_dim: int = by_size(cpu=64, gpu=256)  # [R] latent of keys and values (kv_lora_rank); not of mha
-    qk_nope_head_dim: int = by_size(cpu=24, gpu=48)  # of mla: part of a head's query and key that RoPE leaves
-    qk_rope_head_dim: int = by_size(cpu=8, gpu=16)  # of mla: part that it turns, even; all heads share its key
-    v_head_dim: int = by_size(cpu=32, gpu=64)  # of mla: width of a head's value
     ffn_dim: int = by_size(cpu=352, gpu=1024)  # hidden width of the feed-forward network, usually 8/3 of model_dim
     max_length: int = by_size(cpu=128, gpu=256)  # [L] bytes of context
     batch_size: int = by_size(cpu=16, gpu=64)  # [B] sequences per process and micro-batch
     learning_rate: float = by_size(cpu=3e-2, gpu=1e-2)  # peak, after the warm-up, of AdamW
-    max_steps: int = by_size(cpu=4000, gpu=10000)  # optimizer steps of the whole run
-    ema_decay: float = by_size(cpu=0.99, gpu=0.999)  # of the averaged weights that are evaluated and sampled from
-    dropout: float = by_size(cpu=0.0, gpu=0.1)  # after each attention and feed-forward; many epochs need some
+    max_steps: int = by_size(cpu=4000, gpu=50000)  # optimizer steps of the whole run
+    ema_decay: float = by_size(cpu=0.99, gpu=0.999)  # of the averaged weights (EMA) that are evaluated and sampled from
+    dropout: float = by_size(cpu=0.0, gpu=0.2)  # after each attention and feed-forward; many epochs need some
     validation_bytes: int = by_size(cpu=32768, gpu=524288)  # at most this much of the validation text each time
+    validate_every: int = by_size(cpu=1000, gpu=2500)  # steps between validations
+    checkpoint_every: int = by_size(cpu=500, gpu=2500)  # steps between checkpoints
+    log_every: int = by_size(cpu=10, gpu=50)  # steps between points in TensorBoard
 
     # Data
-    train_data_file: str = "train.txt"  # training text, any bytes; without both files a starter corpus is written
-    validation_data_file: str = "validation.txt"  # without it the last 5 % of the training text are held out
-    random_length_prob: float = 0.01  # share of steps on shorter sequences, so that the model knows short texts too
-    num_workers: int = 0  # DataLoader processes; 0 reads in the training process, fast enough from a local disk
+    train_data_file: str = "train.txt"  # training text, any bytes; if there are no texts a starter corpus is written
+    validation_data_file: str = "auto"  # auto: validation.txt beside train.txt, else the last 5 % of the training text
 
     # Model
+    objective: str = "diffusion"  # or autoregressive: the same network, made causal, for comparison
     attention: str = "simplified_mla"  # or mla, as in DeepSeek-V2, or mha, ordinary multi-head attention
-    q_lora_rank: int = 0  # of mla: latent from which the queries come; 0: direct
+    qk_rope_head_dim: int = 8  # of mla: the part of a head's query and key that RoPE turns, even
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
 
     # Not in the papers: what makes the model learn faster (README, Results); 0 switches each off
     conv_width: int = 9  # bytes, odd: depthwise convolution before each block
-    mask_ratio_std: float = 0.1  # training draws the share of masks from a normal around 1/2; 0: uniform, the bound
+    mask_ratio_std: float = 0.1  # training draws the mask ratio from a normal around 1/2; 0: uniform, the bound itself
     muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the blocks; 0: AdamW for all
 
     # Optimization
@@ -116,17 +127,15 @@ class CONFIG:
     max_minutes: float = 0.0  # end by the clock, learning rate decayed by then; 0: only max_steps counts
 
     # Sampling
-    remasking: str = "low_confidence"  # which masks are filled first: see `score_positions`
+    remasking: str = "entropy"  # which masks are unmasked first: see `score_positions`
     inference_steps: int = 0  # forward passes per response, of the first four strategies; 0: one for each byte
-    commit_schedule: str = "linear"  # how many bytes each of them commits: linear; cosine begins slowly
-    confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are committed
-    entropy_bound: float = 1.0  # nats, of the strategy entropy_bound: higher commits more bytes at once
+    confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are unmasked
+    entropy_bound: float = 1.0  # nats, of the strategy entropy_bound: higher unmasks more bytes at once
     temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
-    top_p: float = 1.0  # draw from the most probable bytes that together have this probability; 1: from all
+    top_p: float = 0.8  # draw from the most probable bytes that together have this probability; 1: from all
     guidance_scale: float = 0.0  # classifier-free guidance: away from what the model says without the prompt; 0: none
-    remask_share: float = 0.0  # of the committed bytes, hidden again at each step to be corrected (ReMDM); 0: none
     block_length: int = 16  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
-    cache_refresh: int = 1  # steps between passes over all bytes, the rest compute the block alone; 0: one each block
+    cache_refresh: int = 0  # passes between those over the whole sequence; 1: all, exact; 0: the first one alone
     num_samples: int = 3  # prompts from the validation text that each validation continues
 
     # Run
@@ -135,307 +144,112 @@ class CONFIG:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     amp_dtype: str = "auto"  # bf16, fp16 (with a GradScaler), fp32; auto: bf16 or fp16 on CUDA, fp32 elsewhere
     compile: bool = True  # torch.compile; without a C++ compiler the run warns once and goes on without
-    validate_every: int = 1000  # steps between validations
-    checkpoint_every: int = 500  # steps between checkpoints
-    log_every: int = 10  # steps between points in TensorBoard
-    stop_if_unsaved: bool = False  # end the run when a checkpoint cannot be written; false: warn, train on, try again
 
     def __post_init__(self):
-        self.device = resolve_device(self.device)
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) is None and field.metadata:
-                setattr(self, field.name, field.metadata["cpu" if self.device == "cpu" else "gpu"])
-            setattr(self, field.name, check_type(field.name, getattr(self, field.name), field.type))
-        if self.amp_dtype == "auto":
-            on_cuda = self.device.startswith("cuda")
-            has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.amp_dtype = "bf16" if has_bf16 else "fp16" if on_cuda else "fp32"
-        for name, value in vars(self).items():
-            if type(value) in (int, float):
-                require(value <= 1e9 or name == "seed" and value < 2**63, name, value, "at most 10^9 (seed: 2^63)")
-            if name in CHOICES:
-                require(value in CHOICES[name], name, value, "one of " + ", ".join(CHOICES[name]))
-            elif name in SHARES:
-                require(0 <= value < 1, name, value, "at least 0 and below 1")
-            elif name in MAY_BE_0:
-                require(value >= 0, name, value, "0 or more")
-            elif type(value) in (int, float):
-                require(value > 0, name, value, "above 0")
-        even = self.model_dim % (2 * self.num_heads) == 0
-        require(even, "num_heads", self.num_heads, f"so that model_dim={self.model_dim} / num_heads is even")
-        require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim, "even")
-        fits = self.max_length <= self.rope_max_length_buffer
-        require(fits, "max_length", self.max_length, f"at most rope_max_length_buffer={self.rope_max_length_buffer}")
-        require(self.conv_width % 2 or not self.conv_width, "conv_width", self.conv_width, "odd, to be centred, or 0")
-        require(self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        require(not 0 < self.temperature < 1e-3, "temperature", self.temperature, "0, or at least 0.001")
-        require(self.temperature or self.top_p == 1, "top_p", self.top_p, "1 at temperature=0, where nothing is drawn")
-        if self.remasking in ("threshold", "entropy_bound"):  # they have no plan of steps to follow
-            unplanned = f"the default with remasking={self.remasking}"
-            require(self.commit_schedule == "linear", "commit_schedule", self.commit_schedule, unplanned)
-            require(not self.remask_share, "remask_share", self.remask_share, unplanned)
-        is_plain = re.fullmatch(r"[^/\\]+", self.name) and self.name.isprintable()
-        require(is_plain, "name", self.name, "a plain folder name without slashes")
-
-
-AMP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STRATEGIES = ("random", "low_confidence", "margin", "entropy", "threshold", "entropy_bound")
-CHOICES = {"remasking": STRATEGIES, "commit_schedule": ("linear", "cosine"), "amp_dtype": tuple(AMP_DTYPES)}
-CHOICES |= {"attention": ("simplified_mla", "mla", "mha")}
-SHARES = {"dropout", "ema_decay", "random_length_prob", "remask_share"}
-MAY_BE_0 = {"seed", "num_workers", "conv_width", "mask_ratio_std", "muon_learning_rate", "weight_decay", "warmup_steps"}
-MAY_BE_0 |= {"max_minutes", "entropy_bound", "temperature", "guidance_scale", "block_length", "cache_refresh"}
-MAY_BE_0 |= {"num_samples", "q_lora_rank", "inference_steps"}
-
-
-def require(condition, name, value, accepted):
-    if not condition:
-        raise InputError(f"{name}={value!r} is not possible: it must be {accepted}")
-
-
-def check_type(name, value, expected):
-    """`value` as the field's type; an int passes for a float, nothing else is converted."""
-    if expected is float and type(value) is int and abs(value) < 2**63:
-        value = float(value)
-    fits = type(value) is expected and (expected is not float or math.isfinite(value))
-    require(fits, name, value, "a finite number" if expected is float else f"of type {expected.__name__}")
-    return value
-
-
-def resolve_device(name):
-    num_gpus = torch.cuda.device_count()
-    devices = ["cuda"] * (num_gpus > 0) + [f"cuda:{number}" for number in range(num_gpus)]
-    devices += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    require(name in ("auto", *devices), "device", name, "auto or what torch finds here: " + ", ".join(devices))
-    return devices[0] if name == "auto" else name
+        resolve_defaults(self)  # both stand in part 2
+        check_config(self)
 
 
 # === Data: a file of bytes becomes batches of x0 [B, L] ===============================================================
 
 
 class ByteLevelTextDataset(Dataset):
-    """Sequences of `max_length` bytes of a file, or of its bytes start..stop: int64 [max_length], 0..255 and PAD.
+    """The bytes start..stop of a file as int64 sequences of `max_length` numbers, 0..255.
 
-    The file is mapped into memory, so its size does not matter. With a `seed`, index i is the i-th sequence of an
-    endless stream of epochs: each epoch cuts the file anew, at a random phase (the file is taken as a circle), and
-    visits the pieces in a pseudo-random order that takes no memory. With `seed=None` the pieces come in file order.
-    Either way an epoch of `len(self)` sequences holds every byte once, the last few in a sequence filled up with PAD.
-    Raises InputError if the file is missing, unreadable or shorter than `max_length`.
+    Training takes `random_crops`. Evaluation takes the items: chunks that do not overlap, in the order of the file, of
+    which only the last one may be filled up with PAD. The file is mapped into memory, so its size does not matter.
+    Raises InputError if the file is missing, no regular file, unreadable or shorter than `max_length`.
     """
 
-    def __init__(self, path, max_length, seed=None, start=0, stop=None):
-        self.path, self.max_length, self.seed, self.start, self.stop = str(path), max_length, seed, start, stop
-        num_bytes = len(range(file_size(path))[start:stop])
+    def __init__(self, path, max_length, start=0, stop=None):
+        self.path, self.max_length = str(path), max_length
+        self.size = file_size(path)
+        num_bytes = len(range(self.size)[start:stop])
         if num_bytes < max_length:
             found = f"{path}: {num_bytes:,} bytes" + (f" from byte {start:,} on" if start else "")
             raise InputError(f"{found} are less than one sequence of max_length={max_length:,}; add text or lower it")
         self.file = open(path, "rb")  # noqa: SIM115  stays open, to see whether it shrinks
-        self.size = os.fstat(self.file.fileno()).st_size
         mapping = mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ)
         if hasattr(mapping, "madvise"):  # no read-ahead: at random places of a huge file it costs 160 times the read
             mapping.madvise(mmap.MADV_RANDOM)
         self.bytes = np.frombuffer(mapping, np.uint8)[start:stop]
 
-    def __reduce__(self):  # a DataLoader worker opens the file anew instead of receiving a copy of its content
-        return ByteLevelTextDataset, (self.path, self.max_length, self.seed, self.start, self.stop)
-
     def __len__(self):
         return math.ceil(len(self.bytes) / self.max_length)
 
-    def __iter__(self):
-        """The first epoch; further ones are at the indices from len(self) on."""
-        return (self[i] for i in range(len(self)))
-
     def __getitem__(self, index):
-        return self.__getitems__([index])[0]
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path} has {len(self)} chunks, and no chunk {index}")
+        return self.read(np.array([index * self.max_length]))[0]
 
-    def __getitems__(self, indices):
-        """The batch [B, max_length] of these indices; torch's DataLoader prefers this method."""
+    def random_crops(self, seed, step, rows, num_rows):
+        """Sequences that begin anywhere, [rows, max_length]: the rows `rows`, a slice, of the `num_rows` of a step. The
+        batch is a function of (seed, step), so every process and micro-batch finds its own rows of it, and a resumed
+        run goes on where it stopped."""
+        num_starts = len(self.bytes) - self.max_length + 1
+        return self.read(np.random.default_rng([seed, step]).integers(num_starts, size=num_rows)[rows])
+
+    def read(self, starts):
         if os.fstat(self.file.fileno()).st_size < self.size:  # reading beyond the end of a mapping kills the process
             raise InputError(f"{self.path}: has become shorter than its {self.size:,} bytes while it was in use")
-        phases, offsets = self.locate(indices)
-        x0 = self.bytes[(phases + offsets) % len(self.bytes)].astype(np.int64)
-        x0[offsets >= len(self.bytes)] = PAD
+        positions = starts[:, None] + np.arange(self.max_length)
+        x0 = self.bytes[np.minimum(positions, len(self.bytes) - 1)].astype(np.int64)
+        x0[positions >= len(self.bytes)] = PAD
         return torch.from_numpy(x0)
-
-    def locate(self, indices):
-        """Phases [B, 1] and offsets [B, max_length]: their sum, modulo the text's length, is where each byte stands."""
-        epochs, pieces = np.divmod(np.asarray(indices), len(self))
-        phases = np.zeros_like(pieces)
-        if self.seed is not None:
-            for epoch in np.unique(epochs):
-                *keys, phase = np.random.SeedSequence([self.seed, epoch]).generate_state(5, np.uint64)
-                phases[epochs == epoch] = phase % len(self.bytes)
-                pieces[epochs == epoch] = permute(pieces[epochs == epoch], len(self), keys)
-        return phases[:, None], pieces[:, None] * self.max_length + np.arange(self.max_length)
-
-
-def permute(index, size, keys):
-    """A pseudo-random bijection of range(size) without a table: a Feistel network over the next power of four, repeated
-    for the indices that leave the range (Luby and Rackoff 1988; cycle walking as in Black and Rogaway 2002)."""
-    half = np.uint64(max(1, math.ceil((size - 1).bit_length() / 2)))
-    low_bits = (np.uint64(1) << half) - np.uint64(1)
-    index = index.astype(np.uint64)
-    outside = np.ones(index.shape, bool)
-    while outside.any():
-        left, right = index[outside] >> half, index[outside] & low_bits
-        for key in keys:
-            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps at 2^64
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ (mixed >> np.uint64(32)) & low_bits
-        index[outside] = left << half | right
-        outside = index >= size
-    return index.astype(np.int64)
-
-
-def file_size(path):
-    try:
-        with open(path, "rb") as file:
-            return file.seek(0, os.SEEK_END)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None
-
-
-def starter_corpus():
-    """Training and validation bytes from real English that every CPython carries, its language reference: every tenth
-    topic is held out."""
-    from pydoc_data.topics import topics
-
-    texts = sorted({text.strip() for text in topics.values()})
-    held_out = texts[5::10]
-    return ["\n\n\n".join(part).encode() for part in ([t for t in texts if t not in held_out], held_out)]
-
-
-def write_starter_corpus(config):
-    """Write the starter corpus if there is neither training nor validation text; only to files of the default names."""
-    paths = Path(config.train_data_file), Path(config.validation_data_file)
-    if rank() == 0 and paths == DEFAULT_DATA_FILES and not any(path.exists() for path in paths):
-        for path, text in zip(paths, starter_corpus()):
-            with open(path, "xb") as file:  # x: fails if the file exists
-                file.write(text)
-            say(f"wrote {path}: {len(text):,} bytes of Python's language reference; put your own text in its place")
-    over_processes("max", [0])  # the other processes wait for the files
-
-
-DEFAULT_DATA_FILES = Path("train.txt"), Path("validation.txt")
-
-
-def open_datasets(config):
-    """The (training, validation) datasets of a run. The last 5 % of the training text are the validation text if there
-    is no other, or if only the training text was chosen, since validation.txt is then likely of another kind."""
-    train_file, validation_file = Path(config.train_data_file), Path(config.validation_data_file)
-    has_no_partner = train_file != DEFAULT_DATA_FILES[0] or not validation_file.exists()
-    split = None
-    if has_no_partner and validation_file == DEFAULT_DATA_FILES[1]:
-        validation_file, split = train_file, file_size(train_file) * 95 // 100
-    validation_set = ByteLevelTextDataset(validation_file, config.max_length, start=split or 0)
-    train_set = ByteLevelTextDataset(train_file, config.max_length, config.seed, stop=split)
-    if split is not None:
-        say(f"no validation text of its own: the last 5 % of {train_file} are held out for validation")
-    if np.array_equal(train_set.bytes, validation_set.bytes):
-        say(f"warning: {train_file} and {validation_file} are the same text; the bound tells nothing new then")
-    starter_sizes = [len(text) for text in starter_corpus()]
-    if len(validation_set.bytes) == starter_sizes[1] and len(train_set.bytes) != starter_sizes[0]:
-        say(f"warning: {validation_file} is the starter corpus, {train_file} is not; delete it to hold out 5 %")
-    return train_set, validation_set
-
-
-def batch_indices(config, first_step):
-    """Indices of each micro-batch of this process, in order, without end.
-
-    The global batch of a step is one range of indices, whatever the number of processes and of micro-batches that
-    share it: row (micro * world_size + rank) * batch_size + b.
-    """
-    for micro_batch in itertools.count(first_step * config.gradient_accumulation_steps):
-        first = (micro_batch * world_size() + rank()) * config.batch_size
-        yield range(first, first + config.batch_size)
-
-
-def data_loader(dataset, config, first_step):
-    batches = batch_indices(config, first_step)  # the dataset returns each one whole: nothing is left to collate
-    options = {"num_workers": config.num_workers, "pin_memory": config.device.startswith("cuda")}
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=torch.as_tensor, worker_init_fn=leave_group, **options)
-
-
-def leave_group(_):
-    """Ctrl-C is for the trainer: the DataLoader's workers are out of its reach, and end once the trainer has saved."""
-    if hasattr(os, "setpgrp"):  # not so on Windows
-        os.setpgrp()
-
-
-def derive_seed(*numbers):
-    """One 63-bit seed from several numbers, such as (seed, step): each step's randomness is a function of its number,
-    so a resumed run draws what the uninterrupted one would have drawn, with no generator state to save."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 # === Model: predicts every byte of a partly masked sequence at once ===================================================
 
 
 def rope_table(length, head_dim, theta):
-    """freqs_cis [length, 2, d]: cosines and signed sines of position * theta^(-2i/d) (RoFormer, arXiv 2104.09864)."""
+    """[length, 2, d]: cosines and signed sines of position * theta^(-2i/d) (RoFormer, arXiv 2104.09864)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
     angles = torch.outer(torch.arange(length).double(), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)], dim=1).float()
 
 
-def apply_rope(x, freqs_cis):
-    """Rotate the pairs (i, i + d/2) of x [B, H, L, d] by their position's angle, freqs_cis [L, 2, d]."""
-    cos, sin = freqs_cis.to(x.dtype).unbind(dim=1)
+def apply_rope(x, rope):
+    """Rotate the pairs (i, i + d/2) of x [B, H, L, d] by their position's angle, rope [L, 2, d]."""
+    cos, sin = rope.to(x.dtype).unbind(dim=1)
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # roll swaps the two halves
 
 
-class LatentCache:
-    """For fast sampling alone: in training every `cache` below is None.
+class PositionCache(dict):
+    """For fast sampling alone; in training every `cache` below is None. What the layers keep of all positions (the
+    convolution's inputs, keys, values), so that a pass need only compute the positions of `span`, a slice."""
 
-    What a layer keeps of a pass over the whole canvas, so that the next passes compute only the positions of `window`:
-    of every position what `Attention.compress` returned, [B, L, numbers kept] (a latent, where K and V would be 2 D / R
-    times larger), and for the convolution the residual stream [B, conv_width // 2, D] on either side of the window.
-    """
+    span = slice(None)
 
-    def __init__(self, window, conv_width):
-        self.window, self.reach, self.kept = window, conv_width // 2, None
-
-    def positions(self):
-        """Those that the pass to come computes: all of them in the first one."""
-        return slice(None) if self.kept is None else self.window
-
-    def with_neighbours(self, x):
-        if self.kept is not None:
-            return torch.cat([self.left, x, self.right], dim=1)
-        padded = F.pad(x, (0, 0, self.reach, self.reach))
-        start, stop = self.window.start, self.window.stop
-        self.left = padded[:, start : start + self.reach].clone()
-        self.right = padded[:, stop + self.reach : stop + 2 * self.reach].clone()
-        return padded
-
-    def update(self, kept):
-        if self.kept is None:
-            self.kept = kept
+    def update(self, key, new, dim):
+        """Put what was computed for the span into its place along `dim`; returns what is kept of all positions."""
+        if key not in self:  # the first pass computes all of them
+            self[key] = new
         else:
-            self.kept[:, self.window] = kept
-        return self.kept
+            self[key].narrow(dim, self.span.start, new.shape[dim]).copy_(new)
+        return self[key]
 
 
 class Attention(nn.Module):
-    """What the three kinds of attention share: `compress` says which numbers of a position they keep (and the sampler
-    caches), `attend` what the queries of x make of all that is kept. All are bidirectional."""
+    """What all kinds of attention share; each says only how x becomes queries, keys and values. All are bidirectional,
+    but in the autoregressive twin."""
 
-    def forward(self, x, freqs_cis, attention_mask=None, cache=None):
-        query_freqs = freqs_cis[cache.positions()] if cache else freqs_cis
-        kept = self.compress(x)  # [B, L, numbers kept]
-        kept = cache.update(kept) if cache else kept
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads, self.is_causal = config.num_heads, config.objective == "autoregressive"
+
+    def forward(self, x, rope, attention_mask=None, cache=None):
+        q, k, v = self.queries_keys_values(x, rope)  # [B, H, L, d] each
+        if cache is not None:
+            k, v = cache.update((self, "k"), k, dim=2), cache.update((self, "v"), v, dim=2)
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, L], the same for all heads and queries
-        out = self.attend(x, kept, query_freqs, freqs_cis, attention_mask)  # [B, H, L, d]
+        if self.is_causal:
+            causal = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril()  # [L, L]
+            causal = causal if cache is None else causal[cache.span]
+            attention_mask = causal if attention_mask is None else attention_mask & causal
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)  # [B, H, L, d]
         return self.wo(out.transpose(1, 2).flatten(-2))  # [B, L, D]
-
-    def attend(self, x, kept, query_freqs, freqs_cis, attention_mask):
-        q, k, v = map(self.split_heads, self.project(x, kept))
-        q, k = apply_rope(q, query_freqs), apply_rope(k, freqs_cis)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, L, d]
@@ -446,71 +260,56 @@ class SimplifiedMLAttention(Attention):
     from one small latent per position; queries are direct, and RoPE turns whole heads."""
 
     def __init__(self, config):
-        super().__init__()
-        D, R, self.num_heads = config.model_dim, config.kv_latent_dim, config.num_heads
+        super().__init__(config)
+        D, R = config.model_dim, config.kv_latent_dim
         self.wq = nn.Linear(D, D, bias=False)
         self.w_latent = nn.Linear(D, R, bias=False)
         self.wk = nn.Linear(R, D, bias=False)
         self.wv = nn.Linear(R, D, bias=False)
         self.wo = nn.Linear(D, D, bias=False)
 
-    def compress(self, x):
-        return self.w_latent(x)  # [B, L, R]
-
-    def project(self, x, latent):
-        return self.wq(x), self.wk(latent), self.wv(latent)  # [B, L, D] each
+    def queries_keys_values(self, x, rope):
+        latent = self.w_latent(x)  # [B, L, R]
+        q, k, v = self.split_heads(self.wq(x)), self.split_heads(self.wk(latent)), self.split_heads(self.wv(latent))
+        return apply_rope(q, rope), apply_rope(k, rope), v
 
 
 class MultiHeadAttention(Attention):
-    """Ordinary attention (arXiv 1706.03762) with RoPE on whole heads, the control: it keeps keys and values."""
+    """Ordinary attention (arXiv 1706.03762) with RoPE on whole heads, the control."""
 
     def __init__(self, config):
-        super().__init__()
-        D, self.num_heads = config.model_dim, config.num_heads
+        super().__init__(config)
+        D = config.model_dim
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(D, D, bias=False) for _ in range(4))
 
-    def compress(self, x):
-        return torch.cat([self.wk(x), self.wv(x)], dim=-1)  # [B, L, 2 D]
-
-    def project(self, x, keys_values):
-        return self.wq(x), *keys_values.chunk(2, dim=-1)
+    def queries_keys_values(self, x, rope):
+        q, k, v = (self.split_heads(project(x)) for project in (self.wq, self.wk, self.wv))
+        return apply_rope(q, rope), apply_rope(k, rope), v
 
 
 class MultiHeadLatentAttention(Attention):
-    """Multi-head latent attention in full (DeepSeek-V2, arXiv 2405.04434, sec. 2.1; the names are those of its code):
-    RMSNorm on the latents, and RoPE apart from them, on a part of each query and on one key that all heads share."""
+    """Multi-head latent attention with all of its parts (DeepSeek-V2, arXiv 2405.04434, sec. 2.1, with direct queries as
+    in its Lite version): RMSNorm on the latent, and RoPE apart from it, on a part of each query and on one key that all
+    heads share. The names are those of its code."""
 
     def __init__(self, config):
-        super().__init__()
-        D, R, H, Q = config.model_dim, config.kv_latent_dim, config.num_heads, config.q_lora_rank
-        self.num_heads, self.nope_dim, self.rope_dim = H, config.qk_nope_head_dim, config.qk_rope_head_dim
-        self.wq_a = nn.Sequential(nn.Linear(D, Q, bias=False), RMSNorm(Q)) if Q else nn.Identity()
-        self.wq_b = nn.Linear(Q or D, H * (self.nope_dim + self.rope_dim), bias=False)
+        super().__init__(config)
+        D, R = config.model_dim, config.kv_latent_dim
+        self.rope_dim, self.nope_dim = config.qk_rope_head_dim, D // self.num_heads - config.qk_rope_head_dim
+        self.wq = nn.Linear(D, D, bias=False)
         self.wkv_a = nn.Linear(D, R + self.rope_dim, bias=False)
         self.kv_norm = RMSNorm(R)
-        self.wk_b = nn.Linear(R, H * self.nope_dim, bias=False)
-        self.wv_b = nn.Linear(R, H * config.v_head_dim, bias=False)
-        self.wo = nn.Linear(H * config.v_head_dim, D, bias=False)
+        self.wk_b = nn.Linear(R, self.num_heads * self.nope_dim, bias=False)
+        self.wv_b = nn.Linear(R, D, bias=False)
+        self.wo = nn.Linear(D, D, bias=False)
 
-    def compress(self, x):
-        latent, k_rope = self.wkv_a(x).split([self.wk_b.in_features, self.rope_dim], dim=-1)
-        return torch.cat([self.kv_norm(latent), k_rope], dim=-1)  # [B, L, R + rope_dim]
-
-    def attend(self, x, kept, query_freqs, freqs_cis, attention_mask):
-        q_nope, q_rope = self.split_heads(self.wq_b(self.wq_a(x))).split([self.nope_dim, self.rope_dim], dim=-1)
-        latent, k_rope = kept.split([self.wk_b.in_features, self.rope_dim], dim=-1)
-        q_rope, k_rope = apply_rope(q_rope, query_freqs), apply_rope(k_rope[:, None], freqs_cis)  # [B, 1, L, rope_dim]
-        w_k, w_v = (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.wk_b, self.wv_b))  # [H, d, R]
-        is_window = x.shape[1] != kept.shape[1]
-        if is_window:  # few queries meet many latents: absorb W_k into the queries, W_v into what comes out
-            q_nope, k_nope, v = q_nope @ w_k, latent[:, None], latent[:, None]
-        else:
-            k_nope, v = self.split_heads(self.wk_b(latent)), self.split_heads(self.wv_b(latent))
-        q = torch.cat([q_nope, q_rope], dim=-1)
-        k = torch.cat([part.expand(-1, self.num_heads, -1, -1) for part in (k_nope, k_rope)], dim=-1)
-        v, scale = v.expand(-1, self.num_heads, -1, -1), (self.nope_dim + self.rope_dim) ** -0.5
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=scale)
-        return out @ w_v.mT if is_window else out  # [B, H, W, v_head_dim]
+    def queries_keys_values(self, x, rope):
+        latent, k_rope = self.wkv_a(x).split([self.wk_b.in_features, self.rope_dim], dim=-1)  # [B, L, R], [B, L, rope]
+        latent = self.kv_norm(latent)
+        q_nope, q_rope = self.split_heads(self.wq(x)).split([self.nope_dim, self.rope_dim], dim=-1)
+        k_rope = apply_rope(k_rope[:, None], rope).expand(-1, self.num_heads, -1, -1)  # one for all heads
+        q = torch.cat([q_nope, apply_rope(q_rope, rope)], dim=-1)
+        return q, torch.cat([self.split_heads(self.wk_b(latent)), k_rope], dim=-1), self.split_heads(self.wv_b(latent))
 
 
 ATTENTIONS = {"simplified_mla": SimplifiedMLAttention, "mla": MultiHeadLatentAttention, "mha": MultiHeadAttention}
@@ -538,51 +337,62 @@ class FeedForward(nn.Module):
 
 
 class DepthwiseConvolution(nn.Module):
-    """Adds to each channel of x [B, L, D] a weighted sum of its neighbours, `width` positions wide. Written as shifts,
-    which torch.compile fuses: six times faster on a CPU than nn.Conv1d(D, D, width, groups=D)."""
+    """Adds to each channel of x [B, L, D] a weighted sum of its neighbours, `width` positions wide (causal: of those
+    before it). Written as shifts, which torch.compile fuses: six times faster on a CPU than nn.Conv1d(D, D, width,
+    groups=D)."""
 
-    def __init__(self, width, model_dim):
+    def __init__(self, width, model_dim, is_causal=False):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, model_dim))
+        self.left = width - 1 if is_causal else width // 2
 
     def forward(self, x, cache=None):
-        width, length = self.weight.shape[0], x.shape[1]
-        padded = cache.with_neighbours(x) if cache else F.pad(x, (0, 0, width // 2, width // 2))
+        width, length, start, whole = self.weight.shape[0], x.shape[1], 0, x
+        if cache is not None:
+            start, whole = cache.span.start, cache.update(self, x, dim=1)
+        first, stop = start - self.left, start + length + width - 1 - self.left
+        part = whole[:, max(first, 0) : min(stop, whole.shape[1])]
+        padded = F.pad(part, (0, 0, max(-first, 0), max(stop - whole.shape[1], 0)))  # beyond the ends there are zeros
         return x + sum(padded[:, shift : shift + length] * self.weight[shift] for shift in range(width))
 
 
 class TransformerBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.convolution = DepthwiseConvolution(config.conv_width, config.model_dim) if config.conv_width else None
+        shape = config.conv_width, config.model_dim, config.objective == "autoregressive"
+        self.convolution = DepthwiseConvolution(*shape) if config.conv_width else None
         self.attention_norm = RMSNorm(config.model_dim)
         self.attention = ATTENTIONS[config.attention](config)
         self.ffn_norm = RMSNorm(config.model_dim)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, freqs_cis, attention_mask=None, cache=None):
+    def forward(self, x, rope, attention_mask=None, cache=None):
         if attention_mask is not None:  # PAD is to the convolution what lies beyond the ends: zero
-            x = x * (attention_mask[:, cache.positions()] if cache else attention_mask)[..., None]
-        if self.convolution:
+            x = x * (attention_mask if cache is None else attention_mask[:, cache.span])[..., None]
+        if self.convolution is not None:
             x = self.convolution(x, cache)
-        x = x + self.dropout(self.attention(self.attention_norm(x), freqs_cis, attention_mask, cache))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, attention_mask, cache))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
 class MaskPredictor(nn.Module):
-    """The transformer of the masked diffusion model. It sees no time: the number of MASKs tells it as much."""
+    """The transformer of the masked diffusion model. It sees no time: the number of MASKs tells it as much.
+
+    Its autoregressive twin is the same network, causal, on a sequence shifted by one: position i sees MASK and the
+    bytes before i, so its logits are about the same byte, and all that is written for the one works for the other.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.conv_width = config.conv_width
+        self.is_causal = config.objective == "autoregressive"
         self.tok_embeddings = nn.Embedding(NUM_TOKENS, config.model_dim)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim)
         self.output = nn.Linear(config.model_dim, NUM_BYTES, bias=False)
         rope_dim = config.qk_rope_head_dim if config.attention == "mla" else config.model_dim // config.num_heads
         table = rope_table(config.rope_max_length_buffer, rope_dim, config.rope_theta)
-        self.register_buffer("freqs_cis", table, persistent=False)
+        self.register_buffer("rope", table, persistent=False)
         for name, module in self.named_modules():  # the embedding keeps PyTorch's N(0, 1)
             if name.endswith(("wo", "w2", "output")):  # each block starts as the identity, the output as uniform
                 nn.init.zeros_(module.weight)
@@ -599,21 +409,21 @@ class MaskPredictor(nn.Module):
             attention_mask = tokens != PAD
         return self.output(self.hidden(tokens, attention_mask)).float()  # [B, L, 256]
 
-    def latent_caches(self, window):
-        return [LatentCache(window, self.conv_width) for _ in self.layers]
-
-    def hidden(self, tokens, attention_mask=None, caches=None):
-        """What the output layer turns into logits: [B, L, D]. Given a LatentCache for each block, the first call fills
-        them; the next ones compute and return only their window, [B, W, D]. Does not look for PAD."""
-        length, longest = tokens.shape[1], self.freqs_cis.shape[0]
+    def hidden(self, tokens, attention_mask=None, cache=None):
+        """What the output layer turns into logits, [B, L, D]; with a PositionCache only that of its span. Does not look
+        for PAD."""
+        length, longest = tokens.shape[1], self.rope.shape[0]
         if length > longest:
             raise InputError(f"a sequence of {length} bytes exceeds rope_max_length_buffer={longest}; raise that field")
         if attention_mask is not None:  # a row of nothing but PAD sees itself: no NaN
             attention_mask = attention_mask | ~attention_mask.any(dim=1, keepdim=True)
-        caches = caches or [None] * len(self.layers)
-        x = self.tok_embeddings(tokens[:, caches[0].positions()] if caches[0] else tokens)  # [B, L, D]
-        for layer, cache in zip(self.layers, caches):
-            x = layer(x, self.freqs_cis[:length], attention_mask, cache)
+        if self.is_causal:
+            shifted = F.pad(tokens[:, :-1], (1, 0), value=MASK)
+            tokens = shifted.masked_fill((shifted == PAD) & (tokens != PAD), MASK)  # of a row that begins with PAD
+        span = slice(None) if cache is None else cache.span
+        x, rope = self.tok_embeddings(tokens[:, span]), self.rope[:length][span]  # [B, L, D], [L, 2, d]
+        for layer in self.layers:
+            x = layer(x, rope, attention_mask, cache)
         return self.norm(x)
 
 
@@ -629,9 +439,9 @@ def stratified_quantiles(count, generator):
 def draw_noise(num_rows, length, generator):
     """All the randomness of masking a batch: t [num_rows] and scores [num_rows, length], which rank the positions.
 
-    t is LLaDA's t as a share: exactly 1 + floor(t * length) bytes will be masked, where LLaDA masks each of them with
+    t is LLaDA's t as a ratio: exactly 1 + floor(t * length) bytes will be masked, where LLaDA masks each of them with
     probability t. The bound is the same (see `masked_diffusion_loss`); it is stratified, so that every batch covers all
-    shares evenly.
+    mask ratios evenly.
     """
     t = stratified_quantiles(num_rows, generator)
     return t, torch.rand(num_rows, length, generator=generator, device=generator.device)
@@ -641,7 +451,7 @@ def bell_quantile(t, std):
     """What training does with t: quantiles of the uniform distribution become those of a normal around 1/2, clamped to
     [0, 1). Almost all or almost nothing masked teaches little: after 2,000 steps of the default CPU size the bound is
     0.13 bits per byte better. The loss is then a weighted bound."""
-    return (0.5 + std * math.sqrt(2) * torch.erfinv(2 * t - 1)).clamp(0, 1 - 1e-6) if std else t
+    return (0.5 + std * torch.special.ndtri(t)).clamp(0, 1 - 1e-6) if std else t
 
 
 def choose_positions(candidates, scores, counts):
@@ -660,21 +470,26 @@ def mask_bytes(x0, t, scores):
     return x0.masked_fill(is_masked, MASK), is_masked
 
 
-def predict_masked(model, x0, t, scores, attention_mask=None):
-    """Mask x0 and predict it; returns logits [B, L, 256], the cross-entropy in nats and is_masked, both [B, L]."""
-    xt, is_masked = mask_bytes(x0, t, scores)
-    logits = model(xt, attention_mask)
+def predict_masked(model, x0, t, scores):
+    """Mask x0 and predict it; returns logits [B, L, 256], the cross-entropy in nats and is_masked, both [B, L]. The
+    autoregressive twin predicts every byte from those before it."""
+    xt, is_masked = (x0, x0 != PAD) if is_autoregressive(model) else mask_bytes(x0, t, scores)
+    logits = model(xt)
     targets = x0.masked_fill(~is_masked, -100)  # -100: no loss
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return logits, cross_entropy.view_as(x0), is_masked
+
+
+def is_autoregressive(model):
+    return getattr(getattr(model, "module", model), "is_causal", False)  # module: of DistributedDataParallel
 
 
 def mean_of_masked(values, is_masked):
     return (values * is_masked).sum(dim=1) / is_masked.sum(dim=1).clamp(min=1)
 
 
-def masked_diffusion_loss(model, x0, t=None, scores=None, attention_mask=None):
-    """The negative evidence lower bound, an upper bound of -log p(x0) / L.
+def masked_diffusion_loss(model, x0, t=None, scores=None):
+    """The negative evidence lower bound (NELBO, here "the bound"): an upper bound of -log p(x0) / L.
 
     LLaDA (eq. 3), MDLM and MD4 write it as E_t[(1/t) sum of masked cross-entropies], t ~ U(0, 1), each byte masked with
     probability t. Group the draws by their number k of masks: the integral of Binomial(k; L, t) / t over t is 1/k for
@@ -685,19 +500,14 @@ def masked_diffusion_loss(model, x0, t=None, scores=None, attention_mask=None):
     which has no 1/t to blow up. The mean is taken within each sequence, then over the sequences; dividing by the number
     of masks in the whole batch would be another objective.
 
-    Args:
-        model: maps int64 [B, L] to logits [B, L, 256].
-        x0: int64 [B, L], clean bytes, PAD where a sequence is shorter.
-        t, scores: the noise, see `draw_noise`; drawn by way of torch's default generator if not given.
-        attention_mask: for the model, see `MaskPredictor.forward`.
-
-    Returns:
-        scalar, nats per byte.
+    `model` maps int64 [B, L] to logits [B, L, 256]; x0 is int64 [B, L], clean bytes, PAD where a sequence is shorter; t
+    and scores are the noise of `draw_noise`, by default drawn by way of torch's generator. Returns a scalar, nats per
+    byte.
     """
     if t is None:
         generator = torch.Generator(x0.device).manual_seed(int(torch.randint(2**62, ())))
         t, scores = draw_noise(*x0.shape, generator)
-    _, nats, is_masked = predict_masked(model, x0, t, scores, attention_mask)
+    _, nats, is_masked = predict_masked(model, x0, t, scores)
     return mean_of_masked(nats, is_masked).mean()
 
 
@@ -705,10 +515,10 @@ def masked_diffusion_loss(model, x0, t=None, scores=None, attention_mask=None):
 
 
 def draw_bytes(logits, temperature, top_p, uniform):
-    """A byte for each row of logits [M, 256], drawn from softmax(logits / temperature), of which top_p keeps the most
+    """A byte for each row of logits [..., 256], drawn from softmax(logits / temperature), of which top_p keeps the most
     probable bytes that together reach that probability (arXiv 1904.09751). Temperature 0 takes the most probable one.
 
-    One number of `uniform` [M] is looked up in each cumulative distribution. It is float64 where the device has it:
+    One number of `uniform` [...] is looked up in each cumulative distribution. It is float64 where the device has it:
     float32 Gumbel noise, the usual way, silently lowers the temperature (arXiv 2409.02908).
     """
     if not temperature:
@@ -717,195 +527,322 @@ def draw_bytes(logits, temperature, top_p, uniform):
     if top_p < 1:
         ordered, order = probs.sort(descending=True)
         is_tail = ordered.cumsum(dim=-1) - ordered >= top_p
-        is_tail[:, 0] = False  # the most probable one stays, however small top_p is
+        is_tail[..., 0] = False  # the most probable one stays, however small top_p is
         probs = probs.masked_fill(torch.zeros_like(is_tail).scatter(-1, order, is_tail), 0.0)
     cumulative = probs.cumsum(dim=-1, dtype=uniform.dtype)
-    reached = cumulative <= uniform[:, None] * cumulative[:, -1:]
+    reached = cumulative <= uniform[..., None] * cumulative[..., -1:]
     return reached.sum(dim=-1).clamp(max=NUM_BYTES - 1)  # the product may be rounded up to the last sum
 
 
-def score_positions(strategy, probs, prediction, uniform):
-    """How early each masked position should be committed [M], from its probs [M, 256] and its predicted byte [M]:
+def score_positions(strategy, logits, drawn, uniform):
+    """How early each position should be unmasked [N, W], from its logits [N, W, 256] and the byte drawn for it [N, W]:
 
     random                       by chance (MDLM, MD4)
-    low_confidence, threshold    probability of the predicted byte (LLaDA; Fast-dLLM, arXiv 2505.22618)
+    low_confidence, threshold    probability of the drawn byte (LLaDA; Fast-dLLM, arXiv 2505.22618)
     margin                       distance of the two highest probabilities (Dream, arXiv 2508.15487)
     entropy, entropy_bound       minus the entropy in nats (Dream; EB-Sampler, arXiv 2505.24857)
+
+    Random, margin and entropy do not look at the drawn byte, so with one byte per pass they sample exactly from the
+    model. The probability of the drawn byte favours the most probable bytes anew in each pass: on text with runs of
+    spaces it ends in nothing but spaces.
     """
     if strategy == "random":
         return uniform
+    probs = logits.softmax(dim=-1)
     if strategy == "margin":
         first, second = probs.topk(2).values.unbind(-1)
         return first - second
     if strategy in ("entropy", "entropy_bound"):
         return -torch.special.entr(probs).sum(dim=-1)
-    return probs.gather(-1, prediction[:, None])[:, 0]
+    return probs.gather(-1, drawn[..., None])[..., 0]
 
 
-def count_commits(config, scores, quota):
-    """How many positions each row commits [N], given the scores [N, W] of its masks, -inf elsewhere: the quota [N], but
-    `threshold` takes all from confidence_threshold on, and `entropy_bound` the largest set, in order of entropy, whose
-    sum without its largest entropy stays within entropy_bound. Always at least one, if there is a mask."""
+def count_to_unmask(config, scores, is_masked, passes_left):
+    """How many positions each row unmasks in this pass [N]: an equal part of its masks, rounded up, for each of the
+    passes left; but `threshold` takes all from confidence_threshold on, and `entropy_bound` the largest set, in order
+    of entropy, whose sum without its largest entropy stays within entropy_bound. At least one."""
     if config.remasking == "threshold":
-        return (scores >= config.confidence_threshold).sum(dim=1).clamp(min=1)
-    if config.remasking == "entropy_bound":
-        entropies = scores.neg().sort(dim=1).values
-        return (entropies.cumsum(dim=1) - entropies <= config.entropy_bound).sum(dim=1).clamp(min=1)
-    return quota.clamp(min=1)
+        counts = (is_masked & (scores >= config.confidence_threshold)).sum(dim=1)
+    elif config.remasking == "entropy_bound":
+        entropies = scores.neg().masked_fill(~is_masked, torch.inf).sort(dim=1).values
+        counts = (entropies.cumsum(dim=1) - entropies <= config.entropy_bound).sum(dim=1)
+    else:
+        counts = -(-is_masked.sum(dim=1) // passes_left)
+    return counts.clamp(min=1)
 
 
-def masks_left(num_masks, step, steps, schedule):
-    """How many of num_masks [N] should be left after `step` of `steps`. `linear` as in LLaDA, the remainder on the
-    first steps; `cosine` commits few at first, when least is known (MaskGIT, MD4)."""
-    if schedule == "cosine":
-        return (num_masks * math.cos(math.pi / 2 * step / steps)).floor().long()
-    return num_masks - step * (num_masks // steps) - (num_masks % steps).clamp(max=step)
+def plan_blocks(x, config):
+    """[(block, passes)]: the slices of x [N, L] that hold a MASK, from left to right, and in how many passes each is
+    unmasked; all passes together are inference_steps, at most one for each byte."""
+    columns = (x == MASK).any(dim=0).nonzero().flatten().tolist()
+    if not columns:
+        return []
+    first, stop = columns[0], columns[-1] + 1
+    length = max(config.block_length or stop, -(-(stop - first) // (config.inference_steps or stop)))
+    blocks = [slice(start, min(start + length, stop)) for start in range(first, stop, length)]
+    masks = [int((x[:, block] == MASK).sum(dim=1).max()) for block in blocks]
+    blocks, masks = zip(*((block, number) for block, number in zip(blocks, masks) if number))
+    passes = [1] * len(blocks)
+    for _ in range(min(config.inference_steps or sum(masks), sum(masks)) - len(blocks)):
+        passes[max(range(len(blocks)), key=lambda i: masks[i] / passes[i])] += 1
+    return list(zip(blocks, passes))
 
 
-def choose_remasked(config, is_committed, confidence, target, uniform):
-    """Which committed bytes are hidden again, bool [N, W]: about the share remask_share of them, drawn with weights
-    exp(-confidence), and no more than the masks that are to be left (ReMDM-conf, arXiv 2503.00307, eq. 10)."""
-    expected = config.remask_share * is_committed.sum(dim=1)
-    counts = torch.minimum((expected + uniform[:, 0, 0]).floor(), target)  # rounded by chance, right on average
-    return choose_positions(is_committed, -confidence - torch.log(-torch.log(uniform[:, :, 1])), counts)
-
-
-def draw_uniform(generators, width, device):
-    """The noise of a step, [N, width, 4] in [0, 1): for the bytes, for `random`, and two for `choose_remasked`. Row i
-    comes from generators[i]: what a row draws does not depend on the other rows."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.stack([torch.rand(width, 4, generator=g, dtype=dtype, device=device) for g in generators])
-
-
-def block_logits(model, canvas, is_given, has_pad, window, masks, caches, guidance_scale):
-    """Logits [M, 256] at the `masks` (rows, columns) of canvas[:, window]. Once its caches are filled, the block alone
-    is computed and they stand for the rest of the canvas (the dual cache of Fast-dLLM, arXiv 2505.22618, on latents).
-    """
+def predict_block(model, x, block, attention_mask, is_given, cache, guidance_scale):
+    """Logits [N, W, 256] of x[:, block], from a pass over the whole of x [N, L], or over the span of the cache."""
     if guidance_scale:  # twice as many rows, of which the second half does not see what the user gave
-        canvas = torch.cat([canvas, canvas.masked_fill(is_given & (canvas != PAD), MASK)])
-    hidden = model.hidden(canvas, canvas != PAD if has_pad else None, caches)
-    if hidden.shape[1] == canvas.shape[1]:
-        hidden = hidden[:, window]  # [N, W, D]
+        x = torch.cat([x, x.masked_fill(is_given & (x != PAD), MASK)])
+        attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
+    hidden = model.hidden(x, attention_mask, cache)
+    start = 0 if cache is None else cache.span.start
+    logits = model.output(hidden[:, block.start - start : block.stop - start]).float()
     if not guidance_scale:
-        return model.output(hidden[masks]).float()
-    logits, unconditional = (model.output(half[masks]).float() for half in hidden.chunk(2))
+        return logits
+    logits, unconditional = logits.chunk(2)
     return unconditional + (1 + guidance_scale) * (logits - unconditional)
 
 
-def denoise_block(model, canvas, is_given, window, steps, config, generators):
-    """Fill the MASKs of canvas[:, window]; yields the canvas after each step."""
-    block = canvas[:, window]  # a view: what is written to it stands in the canvas
-    is_hole, has_pad = block == MASK, bool((canvas == PAD).any())
-    num_masks = is_hole.sum(dim=1)  # [N]
-    confidence = torch.zeros(block.shape, device=canvas.device)  # of each byte when it was committed
-    for step in itertools.count():
-        is_masked = block == MASK
-        masks = is_masked.nonzero(as_tuple=True)  # rows and columns of the M masks; the only wait for a GPU in a step
-        if not len(masks[0]):
-            return
-        if step == 0 or (config.cache_refresh and step % config.cache_refresh == 0):
-            caches = model.latent_caches(window)
-        logits = block_logits(model, canvas, is_given, has_pad, window, masks, caches, config.guidance_scale)
-        uniform = draw_uniform(generators, block.shape[1], canvas.device)  # [N, W, 4]
-        probs = logits.softmax(dim=-1)  # [M, 256]
-        drawn = draw_bytes(logits, config.temperature, config.top_p, uniform[masks][:, 0])  # [M]
-        scores = torch.full_like(confidence, -torch.inf)  # [N, W]
-        scores[masks] = score_positions(config.remasking, probs, drawn, uniform[masks][:, 1].float())
-        target = masks_left(num_masks, min(step + 1, steps), steps, config.commit_schedule)
-        quota = is_masked.sum(dim=1) - target
-        if config.remask_share:
-            is_remasked = choose_remasked(config, is_hole & ~is_masked, confidence, target, uniform[:, :, 2:])
-            quota = quota + is_remasked.sum(dim=1)
-            block.masked_fill_(is_remasked, MASK)
-            confidence[masks] = probs.gather(-1, drawn[:, None])[:, 0]
-        is_chosen = choose_positions(is_masked, scores, count_commits(config, scores, quota))
-        block.copy_(torch.where(is_chosen, block.index_put(masks, drawn), block))
-        yield canvas
-
-
 @torch.no_grad()
-def denoise(model, canvas, config, generators):
-    """Fill every MASK of canvas [N, L] in place; yields the canvas before the first step and after each.
+def denoise(model, x, config, generators):
+    """Fill every MASK of x [N, L] in place; yields x before the first pass and after each.
 
-    The loop of `denoise_block` is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5), and everybody else's with
-    another choice of the positions to commit. The masked stretch is cut into blocks, filled from left to right. Each
-    step predicts all MASKs of the block, draws a byte for each and commits some. LLaDA says it the other way round:
-    fill all, then remask all but the surest, hence the name of the field `remasking`. (`remask_share` is another thing,
-    it hides bytes committed earlier.) Given bytes never change, PAD is not seen.
+    This is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5), and everybody else's with another choice of the
+    positions to unmask. The masked stretch is cut into blocks, filled from left to right. Each pass predicts the block,
+    draws a byte for each of its MASKs and unmasks some of them. (LLaDA says it the other way round: fill all, then
+    remask all but the most confident, hence the name of the field `remasking`.) Given bytes never change, PAD is not
+    seen. The noise of a row comes from its own generator: what it draws does not depend on the other rows.
+
+    With a cache a pass computes the block alone. What it sees of all other positions was computed before: by a pass
+    over the whole sequence, every `cache_refresh` passes or just once, and, when a block begins, for the block before.
     """
-    is_given = canvas != MASK
-    masked_columns = (~is_given).any(dim=0).nonzero().flatten().tolist()
-    yield canvas
-    if not masked_columns:
-        return
-    first, stop = masked_columns[0], masked_columns[-1] + 1
-    block_length = min(config.block_length or stop, stop - first)
-    starts = range(first, stop, block_length)
-    steps = max(1, config.inference_steps // len(starts)) if config.inference_steps else block_length
-    for start in starts:
-        window = slice(start, min(start + block_length, stop))
-        yield from denoise_block(model, canvas, is_given, window, steps, config, generators)
-
-
-def fill_masks(model, texts, config, seed=None, on_step=None):
-    """Fill the MASKs of several texts at once; returns a list of bytes, the given ones unchanged. With holes of the
-    same shape each comes out as it would alone.
-
-    Args:
-        texts: sequences of ints, bytes 0..255 and MASK, of any lengths. They are aligned at their first MASK, so that
-            these share the same blocks.
-        config: the fields of its section Sampling are used.
-        seed: of the noise of the first text, that of text i is seed + i; default config.seed.
-        on_step: called with the canvas [N, L] int64 before the first and after each step; PAD is around shorter texts.
-
-    Raises:
-        InputError: so aligned they exceed rope_max_length_buffer, or guidance_scale meets a text without given bytes.
-    """
-    if not texts:
-        return []
-    texts, scale = [list(text) for text in texts], config.guidance_scale
-    require(not scale or all(set(text) - {MASK} for text in texts), "guidance_scale", scale, "0 without a prompt")
-    firsts = [[*text, MASK].index(MASK) for text in texts]
-    starts = [max(firsts) - first for first in firsts]
-    canvas = torch.full((len(texts), max(start + len(text) for start, text in zip(starts, texts))), PAD)
-    for row, start, text in zip(canvas, starts, texts):
-        row[start : start + len(text)] = torch.tensor(text, dtype=torch.int64)
-    device = next(model.parameters()).device
-    canvas, seed = canvas.to(device), config.seed if seed is None else seed
-    generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(texts))]
-    with evaluation_mode(model):
-        for state in denoise(model, canvas, config, generators):
-            if on_step:
-                on_step(state)
-    rows = zip(canvas.tolist(), starts, texts)
-    return [bytes(row[start : start + len(text)]) for row, start, text in rows]
+    attention_mask = x != PAD if (x == PAD).any() else None
+    is_given, cache, previous, num_passes = x != MASK, None, slice(0, 0), 0
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    yield x
+    for block, passes in plan_blocks(x, config):
+        for number in itertools.count():
+            is_masked = x[:, block] == MASK  # [N, W]
+            if not is_masked.any():  # the only wait for a GPU in a pass
+                break
+            if config.cache_refresh != 1:
+                if cache is None or (config.cache_refresh and num_passes % config.cache_refresh == 0):
+                    cache = PositionCache()
+                    cache.span = slice(0, x.shape[1])
+                else:
+                    cache.span = block if number else slice(previous.start, block.stop)
+            logits = predict_block(model, x, block, attention_mask, is_given, cache, config.guidance_scale)
+            if number % 16 == 0:  # for 16 passes at once: small draws cost as much as large ones
+                shape = 16, is_masked.shape[1], 2
+                noise = [torch.rand(shape, generator=g, dtype=dtype, device=x.device) for g in generators]
+                noise = torch.stack(noise, dim=1)
+            for_bytes, for_order = noise[number % 16].unbind(dim=-1)  # [N, W] each
+            drawn = draw_bytes(logits, config.temperature, config.top_p, for_bytes)
+            scores = score_positions(config.remasking, logits, drawn, for_order)
+            counts = count_to_unmask(config, scores, is_masked, max(1, passes - number))
+            is_chosen = choose_positions(is_masked, scores, counts)
+            x[:, block] = torch.where(is_chosen, drawn, x[:, block])
+            num_passes += 1
+            yield x
+        previous = block
 
 
 def run_conditional_diffusion_inference(model, prompt, response_length, config, suffix="", seed=None, on_step=None):
     """Write `response_length` bytes after `prompt`, and before `suffix` if there is one (infilling).
 
     Args:
-        prompt, suffix: str or bytes; they stay as they are.
-        config, seed, on_step: see `fill_masks`.
+        prompt: str, bytes or a sequence of ints, 0..255 and MASK where a hole is to be filled; or a list of such
+            prompts, of any lengths, which are sampled as one batch. Aligned at their first MASK, they share the blocks.
+            With holes of the same shape each comes out as it would alone.
+        response_length: bytes; 0 fills only the holes.
+        config: the fields of its section Sampling are used.
+        seed: of the noise, seed + i for the i-th prompt of a batch; default config.seed.
+        on_step: called with the sequences x [N, L] int64 before the first pass and after each; PAD is around shorter
+            ones. The last call shows the bytes themselves.
 
     Returns:
-        prompt, response and suffix as one str, invalid UTF-8 replaced by U+FFFD.
+        prompt, response and suffix as one str, invalid UTF-8 replaced by U+FFFD; for a list of prompts a list of them.
 
     Raises:
-        InputError: the whole is longer than rope_max_length_buffer, or response_length is negative.
+        InputError: the whole is longer than rope_max_length_buffer, response_length is negative, a number is neither a
+            byte nor MASK, or guidance_scale is given without a prompt.
     """
-    text = text_with_hole(prompt, response_length, suffix, config)
-    return fill_masks(model, [text], config, seed, on_step)[0].decode(errors="replace")
-
-
-def text_with_hole(prompt, response_length, suffix, config):
-    prompt, suffix = (s.encode(errors="surrogateescape") if isinstance(s, str) else s for s in (prompt, suffix))
+    is_batch = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
+    prompts = prompt if is_batch else [prompt]
+    texts = [to_tokens(p) + [MASK] * response_length + to_tokens(suffix) for p in prompts]
     require(response_length >= 0, "response_length", response_length, "0 or more")
-    total = len(prompt) + response_length + len(suffix)
-    if total > config.rope_max_length_buffer:
-        sizes = f"prompt ({len(prompt)}) + response_length ({response_length}) + suffix ({len(suffix)}) = {total} bytes"
+    if is_autoregressive(model):
+        config = dataclasses.replace(config, block_length=1, inference_steps=0)
+        only_ends = all(set(text[[*text, MASK].index(MASK) :]) <= {MASK} for text in texts)
+        require(only_ends, "objective", config.objective, "diffusion to fill what has given bytes after it")
+    is_given = all(set(text) - {MASK} for text in texts)
+    require(is_given or not config.guidance_scale, "guidance_scale", config.guidance_scale, "0 without a prompt")
+    firsts = [[*text, MASK].index(MASK) for text in texts]
+    starts = [max(firsts) - first for first in firsts]
+    length = max((start + len(text) for start, text in zip(starts, texts)), default=0)
+    if length > config.rope_max_length_buffer:
+        sizes = f"prompt and suffix ({length - response_length} bytes) and response_length ({response_length})"
         raise InputError(f"{sizes} exceed rope_max_length_buffer={config.rope_max_length_buffer}; shorten one of them")
-    return [*prompt, *[MASK] * response_length, *suffix]
+    x = torch.full((len(texts), length), PAD)
+    for row, start, text in zip(x, starts, texts):
+        row[start : start + len(text)] = torch.tensor(text, dtype=torch.int64)
+    device = next(model.parameters()).device
+    x, seed = x.to(device), config.seed if seed is None else seed
+    generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(texts))]
+    with evaluation_mode(model):
+        for state in denoise(model, x, config, generators):
+            if on_step:
+                on_step(state)
+    results = [bytes(token for token in row if token != PAD).decode(errors="replace") for row in x.tolist()]
+    return results if is_batch else results[0]
+
+
+def to_tokens(text):
+    """A prompt as a list of ints, 0..255 and MASK."""
+    tokens = list(text.encode(errors="surrogateescape") if isinstance(text, str) else text)
+    for token in tokens:
+        require(0 <= token < NUM_BYTES or token == MASK, "prompt", token, f"made of bytes 0..255 and MASK={MASK}")
+    return [int(token) for token in tokens]
+
+
+KIND = {"diffusion": "bound", "autoregressive": "exact likelihood"}  # of the likelihoods that are reported
+
+
+# === Training: the loop first, then its parts =========================================================================
+
+FINAL_VALIDATION_BYTES = 2**20  # the bound reported at the end is that of the whole validation text, up to this size
+
+
+def train(config, run_dir=None, checkpoint=None):
+    """Train as `config` says, from the start or on from `checkpoint`, what `read_checkpoint` returned, in run_dir.
+    Ctrl-C and SIGTERM end the run in order, after the step. Returns the exit code: 0, or 128 + the signal. Raises
+    TrainingError: the loss was not finite, or the last checkpoint could not be written."""
+    if checkpoint is None:
+        write_starter_corpus(config)
+    train_set, validation_set = open_datasets(config)
+    state = TrainingState(config, checkpoint)
+    if state.is_over():
+        say(f"{run_dir} ended at step {state.step:,}, after {state.minutes:.1f} minutes; to go on raise --max_steps")
+        return 0
+    run_dir = run_dir or make_run_dir(config)
+    model, num_micro_batches = in_parallel(state.model), config.gradient_accumulation_steps
+    loss_function = compile_loss(model, config)
+    announce(state, train_set, validation_set, run_dir)
+    started = time.perf_counter() - 60 * state.minutes
+    with stop_signals() as received, closing(Log(state, run_dir)) as log:
+        is_over = False
+        while not is_over:
+            t, scores = training_noise(config, state.step)  # of all rows of the step, whoever computes them
+            loss = torch.zeros((), device=config.device)
+            for micro_batch in range(num_micro_batches):
+                first = (micro_batch * world_size() + rank()) * config.batch_size
+                rows, is_last = slice(first, first + config.batch_size), micro_batch == num_micro_batches - 1
+                x0 = train_set.random_crops(config.seed, state.step, rows, len(t))  # fetch
+                x0 = x0.to(config.device, non_blocking=True)
+                with nullcontext() if is_last or model is state.model else model.no_sync():
+                    with autocast(config):
+                        part = loss_function(model, x0, t[rows], scores[rows]) / num_micro_batches  # forward
+                    state.scaler.scale(part).backward()  # backward
+                loss += part.detach()
+            norm = optimizer_step(state)  # step
+            state.minutes, signal_number = agree(state, (time.perf_counter() - started) / 60, received)
+            is_over = state.is_over() or bool(signal_number)
+            to_log, to_validate, to_save = (is_over or state.step % every == 0 for every in state.intervals)
+            if to_log or to_validate or to_save:
+                log.step(loss, norm)  # log; raises TrainingError if they are not finite, before anything is saved
+            if to_validate and not signal_number:
+                validate(state, train_set, validation_set, log)
+            if to_save and not save_checkpoint(run_dir, "latest.pt", state) and is_over:
+                raise TrainingError(f"step {state.step:,} could not be saved to {run_dir}; make room and use --resume")
+        if signal_number:
+            say(f"stopped at step {state.step:,} and saved; go on with: python main.py --resume '{run_dir}'")
+            return 128 + int(signal_number)
+        bound, error = estimate_nelbo(state.ema, validation_set, FINAL_VALIDATION_BYTES)
+        log.writer.add_scalar("val/final_bits_per_byte", bound, state.step)
+    num_bytes = min(len(validation_set.bytes), FINAL_VALIDATION_BYTES)
+    minutes, validating = tqdm.format_interval(60 * state.minutes), tqdm.format_interval(log.validating)
+    say(f"done: {state.step:,} steps in {minutes}; all validations took {validating}")
+    say(f"final {KIND[config.objective]} on {num_bytes:,} bytes of validation text: {bound:.3f} ± {error:.3f} bits per byte")
+    say(f"try the best checkpoint: python main.py generate --checkpoint '{run_dir}' --watch")
+    return 128 + received[0] if received else 0
+
+
+def derive_seed(*numbers):
+    """One 63-bit seed from several numbers, such as (seed, step): each step's randomness is a function of its number,
+    so a resumed run draws what the uninterrupted one would have drawn, with no generator state to save."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def training_noise(config, step):
+    """`draw_noise` of the whole batch of a step, over all micro-batches and processes, so that any split of it gives
+    the same masks; its mask ratios follow `bell_quantile`. Seeds torch's generator for dropout, too."""
+    torch.manual_seed(derive_seed(config.seed, step, 1 + rank()))
+    generator = torch.Generator(config.device).manual_seed(derive_seed(config.seed, step))
+    num_rows = config.batch_size * config.gradient_accumulation_steps * world_size()
+    t, scores = draw_noise(num_rows, config.max_length, generator)
+    return bell_quantile(t, config.mask_ratio_std), scores
+
+
+def learning_rate_scale(config, step, minutes):
+    """Factor of the peak learning rate: linear warm-up, then linear decay to zero at max_steps or max_minutes,
+    whichever comes first. A function of the step and the clock alone, hence nothing to save or to restore."""
+    progress = max(step / config.max_steps, minutes / config.max_minutes if config.max_minutes else 0.0)
+    return min(1.0, (step + 1) / (config.warmup_steps + 1)) * max(0.0, 1.0 - progress)
+
+
+@torch.no_grad()
+def optimizer_step(state):
+    """Clip the gradients, update and average the weights; returns the norm of the gradients before. In fp16 the
+    GradScaler skips a step whose gradients are not finite, and lowers its scale."""
+    config, scaler = state.config, state.scaler
+    scale = learning_rate_scale(config, state.step, state.minutes)
+    for optimizer, peak in zip(state.optimizers, (config.learning_rate, config.muon_learning_rate)):
+        for group in optimizer.param_groups:
+            group["lr"] = scale * peak
+        scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip_val)
+    for optimizer in state.optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    state.model.zero_grad()
+    decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # a shorter memory at first
+    # PyTorch's AveragedModel would wait for the GPU at each step
+    torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
+    state.step += 1
+    return norm
+
+
+def validate(state, train_set, validation_set, log):
+    """Bounds and samples of the EMA weights, to console, TensorBoard and samples.txt; saves best.pt."""
+    started = time.perf_counter()
+    config, model, step, writer = state.config, state.ema, state.step, log.writer
+    train_bound, _ = estimate_nelbo(model, train_set, config.validation_bytes)
+    lengths, *measured = measure_chunks(model, validation_set, config.validation_bytes)
+    bound, error = mean_over_bytes(measured[1], lengths)
+    is_best, state.best_bound = bound < state.best_bound, min(state.best_bound, bound)
+    if rank() == 0:
+        kind = KIND[config.objective]
+        say(f"step {step:,}: {kind} {bound:.3f} ± {error:.3f} bits per byte, on training text {train_bound:.3f}")
+        writer.add_scalar("train/bits_per_byte", train_bound, step)
+        writer.add_scalar("val/bits_per_byte", bound, step)
+        writer.add_scalar("val/best_bits_per_byte", state.best_bound, step)
+        for end, bits, accuracy in by_mask_ratio(*measured) if config.objective == "diffusion" else []:
+            writer.add_scalar(f"val_bits_by_mask_ratio/to_{end:03d}_percent", bits.mean(), step)
+            writer.add_scalar(f"val_accuracy_by_mask_ratio/to_{end:03d}_percent", accuracy.mean(), step)
+        if config.num_samples:
+            show_samples(state, validation_set, log, f"## step {step:,}: {kind} {bound:.3f} bits per byte\n\n")
+        if is_best:
+            save_checkpoint(log.run_dir, "best.pt", state)
+    log.validating += time.perf_counter() - started
+    log.restart()
+
+
+# ######################################################################################################################
+# PART 2: THE MACHINERY. Evaluation, optimizer, checkpoints, logging, many processes, profile, checks of CONFIG, command
+#         line. Skip it at first, and look things up.
+# ######################################################################################################################
+
+
+# === Evaluation =======================================================================================================
 
 
 @contextmanager
@@ -918,58 +855,15 @@ def evaluation_mode(model):
         model.train(was_training)
 
 
-class CanvasView:
-    """Shows each canvas in place of the one before: masks as dim dots, fresh bytes in bold green (plain where
-    NO_COLOR is set); where the output is no terminal, nothing."""
-
-    before = None
-
-    def __call__(self, canvas):
-        if not sys.stdout.isatty():
-            return
-        was_masked = (canvas if self.before is None else self.before) == MASK
-        self.before = canvas.clone()
-        dim, fresh, plain = ("", "", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[1;32m", "\x1b[0m")
-        screen = "\x1b[H\x1b[2J"
-        for row in zip(canvas.tolist(), was_masked.tolist()):
-            for (is_masked, is_fresh), group in itertools.groupby(zip(*row), lambda t: (t[0] == MASK, t[1])):
-                text = show_masks(token for token, _ in group)
-                screen += (dim if is_masked else fresh if is_fresh else plain) + text + plain
-            screen += "\n"
-        print(screen, end="", flush=True)
-
-
-def show_masks(tokens):
-    return printable(b"".join("·".encode() if token == MASK else bytes([token]) for token in tokens if token != PAD))
-
-
-def printable(text):
-    """Bytes as a terminal may show them: what is neither text nor a new line becomes U+FFFD, and cannot control it."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.decode(errors="replace"))
-
-
-def commit_order(canvases):
-    """The picture of a sample's making from its canvases [L], uint8 [steps, L]: masks black, bytes grey, and white in
-    the step that committed them."""
-    is_known = torch.stack(canvases) != MASK
-    return (96 * is_known[1:] + 159 * (is_known[1:] & ~is_known[:-1])).to(torch.uint8)
-
-
-# === Evaluation =======================================================================================================
-
-
 @torch.no_grad()
 def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
-    """Mask each chunk of a text once, and predict it. Returns four float64 [chunks]: its length, the share of it that
-    was masked, the mean cross-entropy of the masked bytes in bits, and the share of them that the most probable byte
-    hits.
+    """Mask each chunk of a text once, and predict it, in the precision of the weights. Returns four float64 [chunks]:
+    its length, its mask ratio, the mean cross-entropy of the masked bytes in bits, and the accuracy: the fraction of
+    them that the most probable byte is right about.
 
     The noise is a function of `seed` alone, so that two calls agree and two models are compared on the same masks.
-    All processes of a distributed run take part and get the same result.
-
-    Args:
-        dataset: a ByteLevelTextDataset, whose first epoch is measured: chunks that do not overlap.
-        max_bytes: if above 0, about so many bytes, in chunks spread evenly over the text.
+    All processes of a distributed run take part and get the same result. If max_bytes is above 0 about so many bytes
+    are measured, in chunks spread evenly over the text.
     """
     device = next(model.parameters()).device
     num_chunks = len(dataset) if not max_bytes else min(len(dataset), math.ceil(max_bytes / dataset.max_length))
@@ -981,11 +875,11 @@ def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
         for number, rows in enumerate(torch.arange(num_chunks).split(batch_size)):
             scores = torch.rand(len(rows), dataset.max_length, generator=generator)
             if number % world_size() == rank() % world_size():
-                x0 = dataset.__getitems__(chunks[rows.numpy()]).to(device)
+                x0 = dataset.read(chunks[rows.numpy()] * dataset.max_length).to(device)
                 logits, nats, is_masked = predict_masked(model, x0, t[rows].to(device), scores.to(device))
-                lengths = (x0 != PAD).sum(dim=1)
-                bits, hits = (mean_of_masked(v, is_masked) for v in (nats * BITS_PER_NAT, logits.argmax(-1) == x0))
-                results = lengths, is_masked.sum(dim=1) / lengths, bits, hits
+                lengths, is_right = (x0 != PAD).sum(dim=1), logits.argmax(-1) == x0
+                bits, accuracy = mean_of_masked(nats * BITS_PER_NAT, is_masked), mean_of_masked(is_right, is_masked)
+                results = lengths, is_masked.sum(dim=1) / lengths, bits, accuracy
                 measured[:, rows] = torch.stack([result.cpu().double() for result in results])
     return over_processes("sum", measured)
 
@@ -1005,146 +899,235 @@ def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
     return mean_over_bytes(bits, lengths)
 
 
-def by_mask_ratio(ratios, bits, hits, bins=10):
-    """What `measure_chunks` returned, sorted by the share of masks k / L: a list of ten (upper end of the bin in
-    percent, bits per masked byte of its chunks, their shares of hits)."""
+def by_mask_ratio(ratios, bits, accuracy, bins=10):
+    """What `measure_chunks` returned, sorted by the mask ratio k / L: a list of ten (upper end of the bin in percent,
+    bits per masked byte of its chunks, their accuracies)."""
     number = (ratios * bins - 1e-5).ceil().clamp(1, bins)  # k / L of exactly 10 % is of the first bin
-    return [(100 * i // bins, bits[number == i], hits[number == i]) for i in range(1, bins + 1)]
+    return [(100 * i // bins, bits[number == i], accuracy[number == i]) for i in range(1, bins + 1)]
 
 
 @torch.no_grad()
-def exact_left_to_right(model, x0, start=0, batch_size=64):
-    """Bits of each byte of x0 [L] from `start` on, by the chain rule: a byte is predicted with those before it in view,
-    itself and those after it masked. Their sum is the exact -log2 p(x0[start:] | x0[:start]) of decoding from left to
-    right, as an autoregressive model has it."""
-    positions, bits = torch.arange(len(x0), device=x0.device), []
-    with evaluation_mode(model):
-        for rows in positions[start:].split(batch_size):
-            xt = x0.repeat(len(rows), 1).masked_fill(positions >= rows[:, None], MASK)
-            logits = model.output(model.hidden(xt)[torch.arange(len(rows)), rows]).float()
-            bits.append(F.cross_entropy(logits, x0[rows], reduction="none").cpu().double() * BITS_PER_NAT)
-    return torch.cat(bits)
+def exact_likelihood(model, x0, order="left_to_right", start=0):
+    """Bits of each byte of x0 [B, L] from `start` on, given those before, by the chain rule: float64 [B, L - start].
 
-
-@torch.no_grad()
-def exact_most_confident_first(model, x0):
-    """Bits per byte of each row of x0 [B, L] by the chain rule in another order: next comes the byte whose prediction
-    is the surest. The order follows from the bytes seen so far alone, which makes the likelihood exact (DUEL, arXiv
-    2603.01367)."""
-    rows, xt = torch.arange(len(x0), device=x0.device), torch.full_like(x0, MASK)
-    bits = torch.zeros(len(x0), dtype=torch.double)
+    Bytes are predicted one by one, those not yet predicted masked. The sum is the exact -log2 p(x0[start:] | x0[:start])
+    of decoding in that order: `left_to_right`, as an autoregressive model has it, or `most_confident_first`, which
+    follows from the bytes seen so far alone and therefore is exact, too (DUEL, arXiv 2603.01367).
+    """
+    rows, xt = torch.arange(len(x0), device=x0.device), x0.clone()
+    xt[:, start:] = MASK
+    bits = torch.zeros(x0.shape, dtype=torch.double)
     with evaluation_mode(model):
-        for _ in range(x0.shape[1]):
+        for step in range(start, x0.shape[1]):
             log_probs = model(xt).log_softmax(dim=-1)
-            positions = log_probs.amax(dim=-1).masked_fill(xt != MASK, -torch.inf).argmax(dim=1)
+            positions = torch.full_like(rows, step)
+            if order == "most_confident_first":
+                positions = log_probs.amax(dim=-1).masked_fill(xt != MASK, -torch.inf).argmax(dim=1)
             truth = x0[rows, positions]
-            bits -= log_probs[rows, positions, truth].cpu().double() * BITS_PER_NAT
+            bits[rows.cpu(), positions.cpu()] = -log_probs[rows, positions, truth].cpu().double() * BITS_PER_NAT
             xt[rows, positions] = truth
-    return bits / x0.shape[1]
+    return bits[:, start:]
 
 
-def text_statistics(samples, training_text):
-    """What samples (list of bytes) look like beside the text the model learned from: {figure: (value, unit, about)}."""
-    word = re.compile(rb"[\w\x80-\xff]+")  # letters of other scripts are bytes from 0x80 on
-    known = {match[0] for match in word.finditer(training_text)}
-    words = [word.findall(sample)[1:-1] for sample in samples]  # those at the ends may be cut
-    trigrams = [trigram for sample in words for trigram in zip(sample, sample[1:], sample[2:])]
-    flat = list(itertools.chain(*words))
-    shares = np.bincount(np.frombuffer(b"".join(samples), np.uint8)) / max(1, sum(map(len, samples)))
+WORD = re.compile(rb"[\w\x80-\xff]+")  # letters of other scripts are bytes from 0x80 on
+
+
+def text_statistics(texts, training_text):
+    """What texts (a list of bytes) look like: {figure: value}. All but the last are fractions or bits; longest match:
+    bytes of the longest piece of a text that stands in the training text."""
+    known = {match[0] for match in WORD.finditer(training_text)}
+    words = [WORD.findall(text)[1:-1] for text in texts]  # those at the ends may be cut
+    trigrams = [trigram for text in words for trigram in zip(text, text[1:], text[2:])]
+    flat, joined = list(itertools.chain(*words)), b"".join(texts)
+    frequencies = np.bincount(np.frombuffer(joined, np.uint8)) / max(1, len(joined))
+    whole = [re.sub(rb"^[\x80-\xbf]{1,3}", b"", text) for text in texts]  # a character cut at an end is no mistake
+    characters = "".join(codecs.getincrementaldecoder("utf-8")("replace").decode(text) for text in whole)
     longest = 0
-    for sample in samples:
-        for start in range(len(sample)):
-            while start + longest < len(sample) and sample[start : start + longest + 1] in training_text:
+    for text in texts:
+        for start in range(len(text)):
+            while start + longest < len(text) and text[start : start + longest + 1] in training_text:
                 longest += 1
-    known_words = sum(word in known for word in flat) / max(1, len(flat))
     return {
-        "known words": (known_words, "share", "words of the samples that the training text has"),
-        "distinct-3": (len(set(trigrams)) / max(1, len(trigrams)), "share", "3-grams of their words that are distinct"),
-        "byte entropy": (-sum(p * math.log2(p) for p in shares if p), "bits", "of their single bytes"),
-        "longest copy": (longest, "bytes", "their longest piece that stands in the training text"),
+        "known words": sum(word in known for word in flat) / max(1, len(flat)),
+        "distinct word triples": len(set(trigrams)) / max(1, len(trigrams)),
+        "byte entropy": -sum(p * math.log2(p) for p in frequencies if p),
+        "white space": sum(joined.count(byte) for byte in b" \t\n\r") / max(1, len(joined)),
+        "invalid UTF-8": characters.count("\ufffd") / max(1, len(characters)),
+        "longest match": longest,
     }
 
 
-def figure(name, kind, values, unit, about, lengths=None):
-    """A row of `evaluate`: the mean of `values` and its standard error, None where there is none."""
-    values = torch.as_tensor(values, dtype=torch.double).cpu().reshape(-1)
-    numbers = mean_over_bytes(values, torch.ones_like(values) if lengths is None else lengths)
-    mean, error = (None if math.isnan(number) else number for number in numbers)
-    return {"figure": name, "kind": kind, "value": mean, "standard_error": error, "unit": unit, "about": about}
+FAR_OFF = {  # samples whose figure leaves this range of (value - that of the text itself, value / it) are marked
+    "known words": lambda value, text: value < 0.9 * text,
+    "distinct word triples": lambda value, text: value < 0.9 * text,
+    "byte entropy": lambda value, text: abs(value - text) > 0.1 * text,
+    "white space": lambda value, text: value > 1.5 * text,
+    "invalid UTF-8": lambda value, text: value > text + 0.001,
+}
 
 
 def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
-    """All that `python main.py evaluate` tells, the same for the same seed: a list of what `figure` returns. The kinds
-    "bound", "exact" and "other" are never compared."""
-    whole = len(dataset.bytes) // config.max_length  # chunks without PAD
-    chosen = min(num_chunks, whole)
-    x0 = torch.stack([dataset[i * whole // chosen] for i in range(chosen)]).to(next(model.parameters()).device)
-    length, hole = config.max_length, min(20, config.max_length // 2)
-    rows = likelihood_figures(model, measure_chunks(model, dataset, seed=seed), x0)
-    for name, temperature, top_p in (("greedy", 0.0, 1.0), ("drawn", config.temperature or 1.0, config.top_p)):
-        settings = dataclasses.replace(config, temperature=temperature, top_p=top_p)
-        about = f"restored bytes of {hole}-byte holes in {length} bytes"
-        rows.append((f"infilling, {name}", "other", infilling_hits(model, x0, hole, settings, seed), "share", about))
-    settings = dataclasses.replace(config, guidance_scale=0.0)  # without a prompt there is nothing to be guided by
-    samples = fill_masks(model, [[MASK] * length] * num_chunks, settings, seed)
-    exact = [exact_left_to_right(model, torch.tensor([*x], device=x0.device)).mean() for x in samples]
-    rows.append(("of its samples", "exact", exact, "bits/byte", f"{num_chunks} free samples of {length} bytes"))
-    rows += [(name, "other", *row) for name, row in text_statistics(samples, training_text).items()]
-    return [figure(*row) for row in rows]
+    """All that `python main.py evaluate` reports, the same for the same seed: a list of dicts. Their kinds "bound",
+    "exact" and "other" are never compared; "text" is what the figure is for the text itself."""
+    device, length = next(model.parameters()).device, config.max_length
+    num_chunks = min(num_chunks, len(dataset.bytes) // length)
+    starts = np.arange(num_chunks) * (len(dataset.bytes) // length) // num_chunks * length
+    x0, rows = dataset.read(starts).to(device), []  # [num_chunks, L], without PAD
+
+    def report(figure, kind, values, unit, about, lengths=None, text=None, is_far_off=False):
+        values = torch.as_tensor(values, dtype=torch.double).cpu().reshape(-1)
+        numbers = mean_over_bytes(values, torch.ones_like(values) if lengths is None else lengths)
+        value, error = (None if math.isnan(number) else number for number in numbers)
+        rows.append({"figure": figure, "kind": kind, "value": value, "standard_error": error, "unit": unit})
+        rows[-1] |= {"about": about, "text": text, "is_far_off": bool(is_far_off)}
+
+    def sample(prompts, response_length, **overrides):
+        steps, settings = [], dataclasses.replace(config, guidance_scale=0.0, **overrides)
+        run_conditional_diffusion_inference(
+            model, prompts, response_length, settings, seed=seed, on_step=lambda x: steps.append(x.clone())
+        )
+        return steps[-1]
+
+    lengths, *measured = measure_chunks(model, dataset, seed=seed)
+    if is_autoregressive(model):
+        report("likelihood", "exact", measured[1], "bits/byte", "the whole text", lengths)
+        report("accuracy", "other", measured[2], "fraction", "the most probable byte", lengths)
+    else:
+        report("NELBO", "bound", measured[1], "bits/byte", "the whole text, masked once", lengths)
+        for end, bits, accuracy in by_mask_ratio(*measured):
+            report(f"cross-entropy at {end} %", "other", bits, "bits/byte", "masked bytes, by mask ratio")
+            report(f"accuracy at {end} %", "other", accuracy, "fraction", "masked bytes, the most probable byte")
+    half, hole = length // 2, min(20, length // 2)
+    left_to_right = exact_likelihood(model, x0)
+    mismatched = torch.cat([x0.roll(1, dims=0)[:, :half], x0[:, half:]], dim=1)[: num_chunks if num_chunks > 1 else 0]
+    about = f"{num_chunks} chunks of {length} bytes"
+    report("left to right", "exact", left_to_right.mean(dim=1), "bits/byte", f"{about}; as of autoregressive models")
+    report("continuation", "exact", left_to_right[:, half:].mean(dim=1), "bits/byte", "second halves of the chunks")
+    after_others = exact_likelihood(model, mismatched, start=half).mean(dim=1)
+    report("mismatched prompt", "exact", after_others, "bits/byte", "second halves after other first halves")
+    if not is_autoregressive(model):
+        by_confidence = exact_likelihood(model, x0, "most_confident_first").mean(dim=1)
+        report("most confident first", "exact", by_confidence, "bits/byte", about)
+        start = (length - hole) // 2
+        holes = [[*x[:start], *[MASK] * hole, *x[start + hole :]] for x in x0.tolist()]
+        for name, overrides in (("greedy", {"temperature": 0.0}), ("drawn", {})):
+            is_right = (sample(holes, 0, **overrides) == x0)[:, start : start + hole].float().mean(dim=1)
+            report(f"infilling, {name}", "other", is_right, "fraction", f"restored bytes of {hole}-byte holes")
+    samples = sample([b""] * num_chunks, length)
+    about = f"{num_chunks} free samples of {length} bytes"
+    own = exact_likelihood(model, samples).mean(dim=1)
+    text = left_to_right.mean().item()
+    report("likelihood of own samples", "exact", own, "bits/byte", about, None, text, own.mean() < 0.5 * text)
+    of_text = text_statistics([bytes(x) for x in x0.tolist()], training_text)
+    for name, value in text_statistics([bytes(x) for x in samples.tolist()], training_text).items():
+        unit = {"byte entropy": "bits", "longest match": "bytes"}.get(name, "fraction")
+        is_far_off = name in FAR_OFF and FAR_OFF[name](value, of_text[name])
+        report(name, "other", value, unit, about, None, of_text[name], is_far_off)
+    return rows
 
 
-def likelihood_figures(model, measured, x0):
-    """Bounds from what `measure_chunks` returned, and exact likelihoods of the chunks x0 [B, L]."""
-    lengths, *measured = measured
-    rows = [("nelbo", "bound", measured[1], "bits/byte", "whole text, one mask a chunk", lengths)]
-    for end, bits, hits in by_mask_ratio(*measured):
-        rows.append((f"masked to {end} %", "bound", bits, "bits/byte", "chunks with so many masks"))
-        rows.append((f"hits to {end} %", "other", hits, "share", "masked bytes that the most probable byte hits"))
-    half = x0.shape[1] // 2
-    swapped = torch.cat([x0.roll(1, dims=0)[:, :half], x0[:, half:]], dim=1)
-    exact = torch.stack([exact_left_to_right(model, x) for x in x0])  # [B, L]
-    surest_first = exact_most_confident_first(model, x0)
-    after_others = torch.stack([exact_left_to_right(model, x, start=half) for x in swapped]).mean(dim=1)
-    after_others = after_others if len(x0) > 1 else after_others[:0]  # a single chunk has no other to swap with
-    return [
-        *rows,
-        ("left to right", "exact", exact.mean(dim=1), "bits/byte", f"{len(x0)} chunks; as of autoregressive models"),
-        ("surest first", "exact", surest_first, "bits/byte", "the same chunks in another order"),
-        ("continuation", "exact", exact[:, half:].mean(dim=1), "bits/byte", "second half of a chunk, given the first"),
-        ("its prompt swapped", "exact", after_others, "bits/byte", "second half, given the first of another chunk"),
-    ]
-
-
-def infilling_hits(model, x0, hole, config, seed):
-    """Share of the bytes in a hole amid each chunk of x0 [B, L] that come out as they were: [B]."""
-    start = (x0.shape[1] - hole) // 2
-    texts = [[*x[:start], *[MASK] * hole, *x[start + hole :]] for x in x0.tolist()]
-    filled = torch.tensor([list(text) for text in fill_masks(model, texts, config, seed)], device=x0.device)
-    return (filled == x0)[:, start : start + hole].float().mean(dim=1)
-
-
-def as_table(figures):
-    lines = [f"{'':<20}{'bound':<18}{'exact':<18}{'other':<18}"]
-    for row in figures:
-        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
-        number = "none" if row["value"] is None else f"{row['value']:.4f}{error}"
-        cells = "".join(f"{number if row['kind'] == kind else '':<18}" for kind in ("bound", "exact", "other"))
-        lines.append(f"{row['figure']:<20}{cells}{row['unit']}: {row['about']}")
+def as_table(rows):
+    lines = [f"{'':<27}{'bound':<16}{'exact':<16}{'other':<16}{'of the text':<13}"]
+    for row in rows:
+        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
+        number = "none" if row["value"] is None else f"{row['value']:.3f}{error}"
+        cells = "".join(f"{number if row['kind'] == kind else '':<16}" for kind in ("bound", "exact", "other"))
+        text = "" if row["text"] is None else f"{row['text']:.3f}" + " (far off)" * row["is_far_off"]
+        lines.append(f"{row['figure']:<27}{cells}{text:<17}{row['unit']}")
     return "\n".join(lines)
 
 
-def continue_validation_prompts(model, dataset, config, on_step=None):
-    """Cut prompts at evenly spaced places of the validation text and continue them; returns a list of (prompt,
-    response, true continuation), as bytes: five eighths of max_length prompt, three eighths response."""
-    prompt_length = config.max_length * 5 // 8
-    chunks = [len(dataset) * number // config.num_samples for number in range(config.num_samples)]
-    x0 = [bytes(b for b in dataset[chunk].tolist() if b != PAD) for chunk in chunks]
-    texts = [[*x[:prompt_length], *[MASK] * len(x[prompt_length:])] for x in x0]
-    filled = fill_masks(model, texts, config, on_step=on_step)
-    return [(x[:prompt_length], y[prompt_length:], x[prompt_length:]) for x, y in zip(x0, filled)]
+# === Text files =======================================================================================================
 
 
-# === Optimizer and schedule ===========================================================================================
+def file_size(path):
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+            raise InputError(f"{path}: is no regular file; copy the text into one")
+        with open(path, "rb"):
+            return status.st_size
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or error  # ValueError: a zero byte in the name
+        raise InputError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None
+
+
+STARTER_LINE = b"This is the starter corpus: prose from Python's own documentation. Put your own text in its place.\n\n"
+
+
+def starter_corpus():
+    """[training, validation] bytes of real English that every CPython carries: the paragraphs of prose, without code
+    and tables, of its language reference and of the docstrings of its standard library. Every tenth topic or module is
+    held out."""
+    documents = []
+    with suppress(ImportError):  # some distributions leave it out
+        from pydoc_data.topics import topics
+
+        documents += [topics[name] for name in sorted(topics)]
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if not {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
+            documents.append("\n\n".join(docstrings(path)))
+    parts, seen = [[], []], set()
+    for number, document in enumerate(documents):
+        paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", document)]
+        new = [p for p in paragraphs if is_prose(p) and p not in seen]
+        seen.update(new)
+        parts[number % 10 == 5] += new
+    return [STARTER_LINE + "\n\n".join(part).encode() for part in parts]
+
+
+def docstrings(path):
+    with suppress(SyntaxError, ValueError, OSError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old spellings in the library's code
+        kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+        nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)]
+        return [ast.get_docstring(node) or "" for node in nodes]
+    return []
+
+
+def is_prose(paragraph):
+    """Sentences: a capital at the start, a full stop at the end, and hardly anything but words between."""
+    words = sum(letter.isascii() and (letter.isalpha() or letter in " ,.") for letter in paragraph)
+    is_text = len(paragraph) >= 60 and words >= 0.93 * len(paragraph)
+    return is_text and re.match(r"[A-Z].*[.!?]$", paragraph) and not re.search(r"::|[-=_+|<>]{3}", paragraph)
+
+
+def write_starter_corpus(config):
+    """Write the starter corpus if there is neither training nor validation text; only to files of the default names."""
+    paths = Path("train.txt"), Path("validation.txt")
+    is_default = config.train_data_file == "train.txt" and config.validation_data_file in ("auto", "validation.txt")
+    if rank() == 0 and is_default and not any(os.path.lexists(path) for path in paths):
+        for path, text in zip(paths, starter_corpus()):
+            if len(text) < 10_000:
+                raise InputError(f"{path}: missing, and this Python carries no documentation to start with; write one")
+            with open(path, "xb") as file:  # x: fails if the file exists
+                file.write(text)
+            say(f"wrote {path}: {len(text):,} bytes of Python's own documentation; put your own text in its place")
+    over_processes("max", [0])  # the other processes wait for the files
+
+
+def open_datasets(config):
+    """The (training, validation) datasets of a run; see CONFIG.validation_data_file."""
+    train_file, validation_file, split = config.train_data_file, config.validation_data_file, None
+    if validation_file == "auto":
+        validation_file = "validation.txt"
+        if Path(train_file) != Path("train.txt") or not Path(validation_file).exists():
+            validation_file, split = train_file, file_size(train_file) * 95 // 100
+            say(f"no validation text of its own: the last 5 % of {train_file} are held out for validation")
+    validation_set = ByteLevelTextDataset(validation_file, config.max_length, start=split or 0)
+    train_set = ByteLevelTextDataset(train_file, config.max_length, stop=split)
+    if np.array_equal(train_set.bytes, validation_set.bytes):
+        say(f"warning: {train_file} and {validation_file} are the same text; the bound says nothing new then")
+    starts = [dataset.bytes[: len(STARTER_LINE)].tobytes() == STARTER_LINE for dataset in (train_set, validation_set)]
+    if starts == [False, True]:
+        say(f"warning: {validation_file} is the starter corpus, {train_file} is not; delete it to hold out 5 %")
+    return train_set, validation_set
+
+
+# === Optimizer ========================================================================================================
 
 
 class Muon(torch.optim.Optimizer):
@@ -1201,41 +1184,35 @@ def build_optimizers(model, config):
     return [adamw, Muon(hidden, lr=config.muon_learning_rate)] if config.muon_learning_rate else [adamw]
 
 
-def learning_rate_scale(config, step, minutes):
-    """Factor of the peak learning rate: linear warm-up, then linear decay to zero at max_steps or max_minutes,
-    whichever comes first. A function of the step and the clock alone, hence nothing to save or to restore."""
-    progress = max(step / config.max_steps, minutes / config.max_minutes if config.max_minutes else 0.0)
-    return min(1.0, (step + 1) / (config.warmup_steps + 1)) * max(0.0, 1.0 - progress)
-
-
 # === Checkpoints ======================================================================================================
-
-CHECKPOINT_VERSION = 2
 
 
 class TrainingState:
     """Everything that changes while training, hence what a checkpoint holds. The state of random generators is not
     among it: each step seeds them anew from its number (see `derive_seed`)."""
 
-    def __init__(self, config):
+    def __init__(self, config, checkpoint=None):
         self.config, self.step, self.minutes, self.best_bound = config, 0, 0.0, math.inf
+        self.intervals = config.log_every, config.validate_every, config.checkpoint_every
         torch.manual_seed(config.seed)
         self.model = MaskPredictor(config).to(config.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)  # exponential moving average of the weights
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp_dtype == "fp16")
+        if checkpoint:
+            self.load_state_dict(checkpoint)
+
+    def is_over(self):
+        return self.step >= self.config.max_steps or 0 < self.config.max_minutes <= self.minutes
 
     def state_dict(self):
         return {
-            "version": CHECKPOINT_VERSION,
             "config": dataclasses.asdict(self.config),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "minutes": self.minutes,
-            "best_bound": self.best_bound,
+            **{name: getattr(self, name) for name in ("step", "minutes", "best_bound")},
         }
 
     def load_state_dict(self, state):
@@ -1247,69 +1224,52 @@ class TrainingState:
                 optimizer.load_state_dict(saved)
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
+            self.step, self.minutes, self.best_bound = state["step"], state["minutes"], state["best_bound"]
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise InputError(f"the checkpoint does not fit this CONFIG, leave out what changes it ({reason})") from None
-        self.step, self.minutes, self.best_bound = state["step"], state["minutes"], state["best_bound"]
 
 
-def save_checkpoint(run_dir, name, state, **extra):
-    """Write beside, then rename: whenever the process dies there is a whole file, the new one, the old one or, between
-    the two renamings of latest.pt, the old one as previous.pt. Returns whether it could be written."""
+def save_checkpoint(run_dir, name, state):
+    """Write beside, then rename: whenever the process dies there is a whole file, the new one or the one before.
+    Returns whether it could be written; if not, one warning, and the file before stays."""
     if rank() != 0:
         return True
     path, temporary = run_dir / name, run_dir / f"{name}.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(state.state_dict() | extra, file)
+            torch.save(state.state_dict(), file)
             file.flush()
             os.fsync(file.fileno())
-        if name == "latest.pt" and path.exists():
-            os.replace(path, run_dir / "previous.pt")
         os.replace(temporary, path)
         return True
     except (OSError, RuntimeError) as error:  # on a full disk torch.save raises a RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        message = f"{path} cannot be written ({str(error).splitlines()[0]}); the checkpoint before it is untouched"
-        if state.config.stop_if_unsaved:
-            raise TrainingError(message) from None
-        say(f"warning: {message}")
+        reason = str(error).splitlines()[0]
+        say(f"warning: {path} cannot be written ({reason}); the checkpoint before it is untouched")
         return False
 
 
 def read_checkpoint(path):
+    """The dict of a checkpoint file. Raises InputError if it is missing, damaged or of something else."""
+    path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares with the CRC-32 of each record, which torch.load does not
         if damaged:
             raise InputError(f"{damaged} does not have its checksum: the file is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle cannot run code
+        if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+            raise InputError("it holds no CONFIG")
+        return state
     except PermissionError:
         raise  # says nothing of what the file holds
     except Exception as error:  # noqa: BLE001  damaged files make zipfile and torch.load raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
-    is_ours = isinstance(state, dict) and isinstance(state.get("config"), dict)
-    version = state.get("version") if is_ours else None
-    if version != CHECKPOINT_VERSION:
-        raise InputError(f"{path}: a checkpoint of version {version}, and this program reads {CHECKPOINT_VERSION}")
-    return state
-
-
-def resumable_checkpoint(run_dir):
-    """The state in latest.pt. If that is damaged it is put aside and previous.pt, the one before it, is taken."""
-    latest, previous = run_dir / "latest.pt", run_dir / "previous.pt"
-    try:
-        return read_checkpoint(latest)
-    except InputError as error:
-        if not previous.exists():
-            raise
-        state = read_checkpoint(previous)
-        say(f"warning: {error}; going on from {previous}, step {state['step']:,}")
-    if rank() == 0 and latest.exists():
-        os.replace(latest, run_dir / "damaged.pt")
-    return state
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        best = path.with_name("best.pt")
+        hint = f"; go on from the best one with --resume {best}" if path.name == "latest.pt" and best.exists() else ""
+        raise InputError(f"{path}: not a readable checkpoint ({reason}){hint}") from None
 
 
 def saved_config(state, **overrides):
@@ -1317,35 +1277,28 @@ def saved_config(state, **overrides):
     unknown = state["config"].keys() - {field.name for field in dataclasses.fields(CONFIG)}
     if unknown:
         raise InputError(f"the checkpoint has fields that CONFIG no longer has: {', '.join(sorted(unknown))}")
+    if "device" in overrides:  # on another one the precision is chosen anew
+        overrides = {"amp_dtype": "auto"} | overrides
     return CONFIG(**{**state["config"], **overrides})
 
 
 def newest_run():
-    checkpoints = [*Path("runs").glob("*/latest.pt"), *Path("runs").glob("*/previous.pt")]
+    checkpoints = [*Path("runs").glob("*/latest.pt")]
     if not checkpoints:
         raise InputError("runs: no run with a checkpoint; train one first with: python main.py")
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
 
 
 def load_checkpoint(path, device="auto"):
-    """A trained model, ready to evaluate and to sample.
-
-    Args:
-        path: a checkpoint file, or a run's folder, which means its best.pt (before any validation: latest.pt).
-        device: as in CONFIG; it need not be the one of the training.
-
-    Returns:
-        (model in eval mode with the averaged weights, its CONFIG, the checkpoint's dict).
-
-    Raises:
-        InputError: the file is missing, damaged or not a checkpoint.
-    """
+    """A trained model, ready to evaluate and to sample: (model in eval mode with the EMA weights, its CONFIG, the
+    checkpoint's dict). `path` is a checkpoint file, or a run's folder, which means its best.pt (before any validation:
+    latest.pt); `device` is as in CONFIG and need not be the one of the training. Raises InputError: the file is
+    missing, damaged or not a checkpoint."""
     path = Path(path)
     if path.is_dir():
-        paths = [path / name for name in ("best.pt", "latest.pt", "previous.pt")]
-        path = next((path for path in paths if path.exists()), paths[1])
+        path = path / ("best.pt" if (path / "best.pt").exists() else "latest.pt")
     state = read_checkpoint(path)
-    config = saved_config(state, device=device, amp_dtype="auto")
+    config = saved_config(state, device=device)
     model = MaskPredictor(config).to(config.device).eval().requires_grad_(False)
     try:
         model.load_state_dict(state["ema"])
@@ -1389,46 +1342,128 @@ class Writer:
         return write
 
 
-CUSTOM_SCALARS = {  # and the other tabs sort by name: train and val come first, what is looked at less after them
-    "bound": {
-        "training and validation text": ["Multiline", ["train/bits_per_byte", "val/.*bits_per_byte"]],
-        "by share of masks": ["Multiline", ["val_bits_by_mask_ratio/.*"]],
-        "hits by share of masks": ["Multiline", ["val_hits_by_mask_ratio/.*"]],
-    },
-    "norms by group": {
-        "of the gradients": ["Multiline", ["train_gradient_norm/.*"]],
-        "of the weights": ["Multiline", ["weight_norm/.*"]],
+CUSTOM_SCALARS = {
+    "bound": {"training and validation text": ["Multiline", ["train/bits_per_byte", "val/.*bits_per_byte"]]},
+    "by mask ratio": {
+        "cross-entropy": ["Multiline", ["val_bits_by_mask_ratio/.*"]],
+        "accuracy": ["Multiline", ["val_accuracy_by_mask_ratio/.*"]],
     },
 }
 
 
-def describe_run(writer, config, step):
-    """What TensorBoard shows of a run as a whole: CONFIG as text, its fields up to the sampling for HPARAMS, and which
-    curves share a chart."""
-    if rank() != 0:
-        return
-    from torch.utils.tensorboard.summary import hparams
+class Log:
+    """What the loop reports: to TensorBoard and to a tqdm bar or, where the output is no terminal, to a plain line
+    every ten seconds."""
 
-    settings = dataclasses.asdict(config)
-    writer.add_text("config", as_code("", json.dumps(settings, indent=2)), step)
-    names = [*itertools.takewhile(lambda name: name != "remasking", settings), "seed"]
-    settings = {name: settings[name] for name in names}
-    settings |= {name: printable(os.fsencode(v)) for name, v in settings.items() if type(v) is str}
-    writer.add_custom_scalars(CUSTOM_SCALARS)
-    for summary in hparams(settings, dict.fromkeys(("val/final_bits_per_byte", "val/best_bits_per_byte"))):
-        if writer.writer:  # its own add_hparams would make a second run of each run
-            writer.writer.file_writer.add_summary(summary)
+    def __init__(self, state, run_dir):
+        self.state, self.config, self.run_dir, self.next_line, self.validating = state, state.config, run_dir, 0.0, 0.0
+        self.writer = Writer(run_dir, state.step + 1)
+        self.describe_run()
+        is_hidden, shape = (
+            rank() != 0 or not sys.stdout.isatty(),
+            "{desc} |{bar}|",
+        )  # narrow: cuts the bar, not the text
+        total = self.config.max_steps
+        self.bar = tqdm(total=total, initial=state.step, file=sys.stdout, disable=is_hidden, bar_format=shape)
+        self.restart()
+
+    def describe_run(self):
+        """CONFIG as text, what differs from its defaults for HPARAMS, and which curves share a chart."""
+        if self.writer.writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        settings, defaults = dataclasses.asdict(self.config), dataclasses.asdict(CONFIG(device=self.config.device))
+        self.writer.add_text("settings", as_code("", json.dumps(settings, indent=2)), self.state.step)
+        self.writer.add_custom_scalars(CUSTOM_SCALARS)
+        changed = {name: value for name, value in settings.items() if value != defaults[name]}
+        changed |= {name: printable(os.fsencode(value)) for name, value in changed.items() if type(value) is str}
+        for summary in hparams(changed, dict.fromkeys(("val/final_bits_per_byte", "val/best_bits_per_byte"))):
+            self.writer.writer.file_writer.add_summary(summary)  # its own add_hparams would make a second run of each
+
+    def restart(self):
+        """Begin a new interval: time spent before it, as for a validation, is not the training's."""
+        self.started, self.first_step = time.perf_counter(), self.state.step
+
+    def close(self):
+        self.bar.close()
+        self.writer.close()
+
+    def step(self, loss, norm):
+        """Report a step from its loss and gradient norm, scalars on the device. TrainingError if they are not finite."""
+        config, step, writer = self.config, self.state.step, self.writer
+        loss, norm = (over_processes("sum", [loss.item(), norm.item()]) / world_size()).tolist()  # waits for the device
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
+            raise TrainingError(
+                f"step {step:,}: the loss is {loss:.3g}, the norm of the gradient {norm:.3g}; the checkpoints hold the last "
+                "good weights; lower --learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
+            )
+        seconds, steps = time.perf_counter() - self.started, max(1, step - self.first_step)
+        bytes_per_second = steps * bytes_per_step(config) / seconds
+        left = (config.max_steps - step) * seconds / steps
+        left = min(left, max(0, 60 * (config.max_minutes - self.state.minutes))) if config.max_minutes else left
+        learning_rate = self.state.optimizers[0].param_groups[0]["lr"]
+        writer.add_scalar("train/loss", loss, step)
+        writer.add_scalar("train/learning_rate", learning_rate, step)
+        writer.add_scalar("train/bytes_per_second", bytes_per_second, step)
+        writer.add_scalar("train/gradient_norm", norm, step)
+        text = f"step {step:,}/{config.max_steps:,}  loss {loss:.3f}  lr {learning_rate:.1e}  "
+        text += f"{bytes_per_second:,.0f} bytes/s  {tqdm.format_interval(left)} left"
+        self.bar.update(step - self.bar.n)
+        self.bar.set_description_str(text)
+        if self.bar.disable and time.perf_counter() >= self.next_line:
+            say(text)
+            self.next_line = time.perf_counter() + 10
+        self.restart()
 
 
-def bar_chart(values):
-    """Bars of 0 to 8 bits with a line at each bit, uint8 [128, 24 * number of values]; none for nan."""
-    height = torch.arange(128, 0, -1)[:, None]
-    bars = torch.where(height <= 16 * torch.tensor(values), 64, 255)  # [128, values]
-    bars[::16] = bars[::16] * 3 // 4
-    return bars.repeat_interleave(24, dim=1).to(torch.uint8)
+def bytes_per_step(config):
+    return config.batch_size * config.max_length * config.gradient_accumulation_steps * world_size()
+
+
+def announce(state, train_set, validation_set, run_dir):
+    config = state.config
+    parameters = sum(p.numel() for p in state.model.parameters())
+    epochs = config.max_steps * bytes_per_step(config) / len(train_set.bytes)
+    gpu = f" ({torch.cuda.get_device_name(config.device)})" if config.device.startswith("cuda") else ""
+    end = f"or {config.max_minutes:g} minutes" if config.max_minutes else f"{epochs:.1f} times the training text"
+    shape = f"{config.num_layers} layers, {config.model_dim} wide, {config.max_length} bytes of context"
+    say(f"device      {config.device}{gpu}, {config.amp_dtype}, {world_size()} process(es), torch {torch.__version__}")
+    say(f"model       {parameters:,} parameters: {shape}")
+    say(f"training    {train_set.path}, {len(train_set.bytes):,} bytes")
+    say(f"validation  {validation_set.path}, {len(validation_set.bytes):,} bytes")
+    say(f"steps       {state.step:,} to {config.max_steps:,} of {bytes_per_step(config):,} bytes, {end}")
+    if rank() == 0:
+        say(f"logs        {run_dir.resolve()}")
+        say(f"watch       tensorboard --logdir={run_dir.parent.resolve()}")
+
+
+def show_samples(state, validation_set, log, report):
+    """Prompts from evenly spaced places of the validation text (five eighths of max_length), continued, beside the true
+    continuation; and how the first continuation came about."""
+    config, steps = state.config, []
+    prompt_length = config.max_length * 5 // 8
+    starts = np.linspace(0, len(validation_set.bytes) - config.max_length, config.num_samples, dtype=np.int64)
+    x0 = validation_set.read(starts).tolist()
+    prompts, response_length = [row[:prompt_length] for row in x0], config.max_length - prompt_length
+    run_conditional_diffusion_inference(
+        state.ema, prompts, response_length, config, on_step=lambda x: steps.append(x.tolist())
+    )
+    for prompt, written, truth in zip(prompts, steps[-1], x0):
+        texts = prompt, written[prompt_length:], truth[prompt_length:]
+        for title, text in zip(("prompt", "model", "truth"), (bytes(text).decode(errors="replace") for text in texts)):
+            say(f"    {title:<6}  {text!r}")
+            report += as_code(title, text)
+    for number in range(1, len(steps), math.ceil(len(steps) / 4)):
+        report += as_code(f"the first sample after {number} of {len(steps) - 1} passes", show_masks(steps[number][0]))
+    log.writer.add_text("samples", report, state.step)
+    with suppress(OSError), open(log.run_dir / "samples.txt", "a", encoding="utf-8") as file:  # a disk may be full
+        file.write(report)
 
 
 def make_run_dir(config):
+    if rank() != 0:
+        return None
     run_dir = Path("runs") / f"{config.name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     while run_dir.exists():  # begun within the same second
         run_dir = run_dir.with_name(run_dir.name + "_2")
@@ -1437,19 +1472,104 @@ def make_run_dir(config):
     return run_dir
 
 
-# === Many processes: each does the same on its share of the batch (torchrun sets RANK, WORLD_SIZE and LOCAL_RANK) =====
+def as_code(title, text):
+    return f"{title}\n\n" + "".join(f"    {line}\n" for line in text.splitlines()) + "\n"
+
+
+def show_masks(tokens):
+    return printable(b"".join("·".encode() if token == MASK else bytes([token]) for token in tokens if token != PAD))
+
+
+def printable(text):
+    """Bytes as a terminal may show them: what is neither text nor a new line becomes U+FFFD, and cannot control it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.decode(errors="replace"))
+
+
+class SequenceView:
+    """Shows sequences x [N, L] in place of those before: masks as dim dots, fresh bytes in bold green (plain where
+    NO_COLOR is set); where the output is no terminal, nothing."""
+
+    before = None
+
+    def close(self):
+        pass
+
+    def __call__(self, x):
+        if not sys.stdout.isatty():
+            return
+        was_masked = (x if self.before is None else self.before) == MASK
+        self.before = x.clone()
+        dim, fresh, plain = ("", "", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[1;32m", "\x1b[0m")
+        screen = "\x1b[H\x1b[2J"
+        for row in zip(x.tolist(), was_masked.tolist()):
+            for (is_masked, is_fresh), group in itertools.groupby(zip(*row), lambda t: (t[0] == MASK, t[1])):
+                text = show_masks(token for token, _ in group)
+                screen += (dim if is_masked else fresh if is_fresh else plain) + text + plain
+            screen += "\n"
+        print(screen, end="", flush=True)
+
+
+class MaskProgress:
+    """A progress bar of the masks that are gone, on the standard error; where that is no terminal, nothing."""
+
+    bar = None
+
+    def __call__(self, x):
+        if sys.stderr.isatty():
+            num_masks = int((x == MASK).sum())
+            self.bar = self.bar or tqdm(total=num_masks, unit=" bytes", leave=False)
+            self.bar.update(self.bar.total - num_masks - self.bar.n)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+# === Devices and processes ============================================================================================
+
+AMP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(config):
+    dtype = AMP_DTYPES[config.amp_dtype]
+    return torch.autocast(torch.device(config.device).type, dtype, enabled=dtype != torch.float32)
+
+
+def compile_loss(model, config):
+    """`masked_diffusion_loss` as one compiled graph, masks and cross-entropy included; tried on one batch. Where that
+    fails (no C++ compiler, Windows) one warning, and the function itself."""
+    if not config.compile:
+        return masked_diffusion_loss
+    say("compiling the model, which takes up to a minute ...")
+    compiled = torch.compile(masked_diffusion_loss, dynamic=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TensorFloat32")  # a matter of taste, not of this run
+            x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
+            t, scores = draw_noise(*x0.shape, torch.Generator(config.device).manual_seed(0))
+            with autocast(config):
+                loss = compiled(model, x0, t, scores)
+            loss.backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  whatever went wrong inside the compiler, training works without it
+        say(f"warning: torch.compile does not work here ({type(error).__name__}); going on without it, which is slower")
+        compiled = masked_diffusion_loss
+    model.zero_grad()
+    return compiled
 
 
 @contextmanager
 def distributed_run(config):
     """Joins the processes of a torchrun, one GPU each; a plain `python main.py` passes through."""
-    if "RANK" not in os.environ:
+    is_distributed, on_cuda = "RANK" in os.environ, config.device.startswith("cuda")
+    if on_cuda and is_distributed:
+        config.device = f"cuda:{os.environ.get('LOCAL_RANK', rank() % torch.cuda.device_count())}"
+    if on_cuda:
+        torch.cuda.set_device(torch.device(config.device).index or 0)  # whose memory and clock are asked for later
+    if not is_distributed:
         yield
         return
-    on_cuda = config.device.startswith("cuda")
-    if on_cuda:
-        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(config.device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     try:
         yield
@@ -1467,149 +1587,14 @@ def explained_errors(config):
         reason = str(error).strip().partition("\n")[0]
         too_large = "can't allocate memory" in reason or "Storage size" in reason
         if isinstance(error, torch.OutOfMemoryError) or too_large:
-            names = "batch_size", "max_length", "model_dim", "ffn_dim", "num_layers"
+            names = "batch_size", "max_length", "model_dim", "ffn_dim", "num_layers", "rope_max_length_buffer"
+            default = CONFIG(device=config.device)
+            names = sorted(names, key=lambda name: -max(1, getattr(config, name) / getattr(default, name)))
             sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
             raise TrainingError(f"out of memory with {sizes}; lower the first, or any of them ({reason})") from None
-        if "DataLoader worker" in reason:
-            raise TrainingError(f"a process that reads the text is gone; go on with --resume auto ({reason})") from None
         if isinstance(error, dist.DistError) or "gloo" in reason:
             raise TrainingError(f"another process is gone; go on with --resume auto ({reason})") from None
         raise
-
-
-def rank():
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def over_processes(operation, numbers):
-    """Each number's "max" or "sum" over all processes, float64: so they decide alike, and wait for each other."""
-    numbers = torch.as_tensor(numbers, dtype=torch.double)
-    if dist.is_initialized():
-        dist.all_reduce(numbers, {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}[operation])
-    return numbers
-
-
-# === Training =========================================================================================================
-
-FINAL_VALIDATION_BYTES = 2**20  # the bound told at the end is that of the whole validation text, up to this size
-
-
-def autocast(config):
-    dtype = AMP_DTYPES[config.amp_dtype]
-    return torch.autocast(torch.device(config.device).type, dtype, enabled=dtype != torch.float32)
-
-
-def sequence_length(config, step):
-    """max_length or, in a share random_length_prob of the steps, a half, a quarter or an eighth of it: the batch is
-    then cut into so many times more sequences (what a length does not divide is left out)."""
-    rng = np.random.default_rng([config.seed, step])
-    is_short = rng.random() < config.random_length_prob
-    return max(1, config.max_length >> int(rng.integers(1, 4))) if is_short else config.max_length
-
-
-def trial_step(forward, config):
-    """Seconds that forward and backward take on a made-up batch."""
-    started = time.monotonic()
-    x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
-    with autocast(config):
-        masked_diffusion_loss(forward, x0).backward()
-    float(next(forward.parameters()).grad.sum())  # waits for the GPU
-    forward.zero_grad()
-    return time.monotonic() - started
-
-
-def compile_model(model, config):
-    """torch.compile, tried on one batch; where it fails (no C++ compiler, Windows), one warning and the plain model."""
-    if not config.compile:
-        return model
-    compiled = torch.compile(model, dynamic=False)
-    try:
-        say("compiling the model, which takes up to a minute ...")
-        trial_step(compiled, config)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  whatever went wrong inside the compiler, training works without it
-        say(f"warning: torch.compile does not work here ({type(error).__name__}); going on without it, which is slower")
-        model.zero_grad()
-        return model
-    return compiled
-
-
-def bytes_per_step(config):
-    return config.batch_size * config.max_length * config.gradient_accumulation_steps * world_size()
-
-
-def announce(config, state, train_set, validation_set, run_dir, trial_seconds):
-    seconds = 1.25 * trial_seconds * config.gradient_accumulation_steps  # with optimizer and validations, on a CPU
-    steps = config.max_steps
-    if config.max_minutes:
-        steps = min(steps, state.step + max(0, int(60 * (config.max_minutes - state.minutes) / seconds)))
-    epochs = steps * bytes_per_step(config) / len(train_set.bytes)
-    parameters = sum(p.numel() for p in state.model.parameters())
-    gpu = f" ({torch.cuda.get_device_name(config.device)})" if config.device.startswith("cuda") else ""
-    shape = f"{config.num_layers} layers, {config.model_dim} wide, {config.max_length} bytes of context"
-    say(f"device      {config.device}{gpu}, {config.amp_dtype}, {world_size()} process(es), torch {torch.__version__}")
-    say(f"model       {parameters:,} parameters: {shape}")
-    say(f"training    {train_set.path}, {len(train_set.bytes):,} bytes")
-    say(f"validation  {validation_set.path}, {len(validation_set.bytes):,} bytes")
-    say(f"steps       {state.step:,} to {steps:,}, {bytes_per_step(config):,} bytes each, {epochs:.1f} epochs in all")
-    say(f"duration    about {tqdm.format_interval(seconds * (steps - state.step))}")
-    if rank() == 0:
-        say(f"logs        {run_dir.resolve()}")
-        say(f"watch       tensorboard --logdir={run_dir.parent.resolve()}")
-
-
-def validate(state, train_set, validation_set, log):
-    """Bounds and samples of the averaged weights, to console, TensorBoard and samples.txt; saves best.pt."""
-    started = time.monotonic()
-    config, model, step, writer = state.config, state.ema, state.step, log.writer
-    train_bound, _ = estimate_nelbo(model, train_set, config.validation_bytes)
-    lengths, *measured = measure_chunks(model, validation_set, config.validation_bytes)
-    bound, error = mean_over_bytes(measured[1], lengths)
-    is_best, state.best_bound = bound < state.best_bound, min(state.best_bound, bound)
-    if rank() != 0:
-        return
-    say(f"step {step:,}: bound {bound:.3f} ± {error:.3f} bits per byte, on training text {train_bound:.3f}")
-    writer.add_scalar("train/bits_per_byte", train_bound, step)
-    writer.add_scalar("val/bits_per_byte", bound, step)
-    writer.add_scalar("val/best_bits_per_byte", state.best_bound, step)
-    log.vs_bytes.add_scalar("vs_bytes/bits_per_byte", bound, step * bytes_per_step(config))
-    bins = [(end, bits.mean().item(), hits.mean().item()) for end, bits, hits in by_mask_ratio(*measured)]
-    for end, bits, hits in bins:
-        writer.add_scalar(f"val_bits_by_mask_ratio/to_{end:03d}_percent", bits, step)
-        writer.add_scalar(f"val_hits_by_mask_ratio/to_{end:03d}_percent", hits, step)
-    writer.add_image("val_bits_by_mask_ratio", bar_chart([bits for _, bits, _ in bins]), step, dataformats="HW")
-    show_samples(state, validation_set, log, f"## step {step:,}: bound {bound:.3f} bits per byte\n\n")
-    if is_best:
-        save_checkpoint(log.run_dir, "best.pt", state)
-    log.validating += time.monotonic() - started
-
-
-def show_samples(state, validation_set, log, report):
-    """Continued prompts beside the truth, and how the first of them came about."""
-    canvases, config = [], state.config
-    samples = continue_validation_prompts(state.ema, validation_set, config, lambda x: canvases.append(x[0].clone()))
-    for texts in samples:
-        for title, text in zip(("prompt", "model", "truth"), texts):
-            say(f"    {title:<6}  {text.decode(errors='replace')!r}")
-            report += as_code(title, text.decode(errors="replace"))
-    for number in range(1, len(canvases), math.ceil(len(canvases) / 4) or 1):
-        title = f"the first sample after {number} of {len(canvases) - 1} steps"
-        report += as_code(title, show_masks(canvases[number].tolist()))
-    if canvases:
-        order = commit_order(canvases).repeat_interleave(4, 0).repeat_interleave(4, 1)
-        log.writer.add_image("val_commit_order", order, state.step, dataformats="HW")
-    log.writer.add_text("samples", report, state.step)
-    with suppress(OSError), open(log.run_dir / "samples.txt", "a", encoding="utf-8") as file:  # a disk may be full
-        file.write(report)
-
-
-def as_code(title, text):
-    return f"{title}\n\n" + "".join(f"    {line}\n" for line in text.splitlines()) + "\n"
 
 
 @contextmanager
@@ -1629,325 +1614,199 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def backward_pass(forward, scaler, batches, config, step):
-    """One step's gradients, averaged over its micro-batches (and over the processes, by DDP).
-
-    The noise is drawn for the whole global batch and cut into rows, so that any split of the same batch into processes
-    and micro-batches gives the same masks. Returns the loss, a scalar on the device, in nats per byte: that of the mask
-    shares of `bell_quantile`, no likelihood. `estimate_nelbo` tells the bound.
-    """
-    length = sequence_length(config, step)
-    pieces = config.max_length // length
-    num_rows, splits = config.batch_size * pieces, config.gradient_accumulation_steps
-    generator = torch.Generator(config.device).manual_seed(derive_seed(config.seed, step))
-    t, scores = draw_noise(num_rows * splits * world_size(), length, generator)
-    t = bell_quantile(t, config.mask_ratio_std)
-    torch.manual_seed(derive_seed(config.seed, step, 1 + rank()))  # for dropout
-    total = torch.zeros((), device=config.device)
-    for micro_batch in range(splits):
-        first = (micro_batch * world_size() + rank()) * num_rows
-        rows = slice(first, first + num_rows)
-        with record_function("fetch"):
-            x0 = next(batches)[:, : pieces * length].reshape(num_rows, length)
-        attention_mask = (x0 != PAD).to(config.device) if (x0 == PAD).any() else None  # once an epoch, seldom compiled
-        x0 = x0.to(config.device, non_blocking=True)
-        is_last = micro_batch == splits - 1
-        with nullcontext() if is_last or not dist.is_initialized() else forward.no_sync():
-            with record_function("forward and loss"), autocast(config):
-                loss = masked_diffusion_loss(forward, x0, t[rows], scores[rows], attention_mask) / splits
-            with record_function("backward"):
-                scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
+def in_parallel(model):
+    """The model, or among several processes PyTorch's wrapper that averages its gradients over them."""
+    if not dist.is_initialized():
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 has a new name for broadcast_buffers
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
-@torch.no_grad()
-def optimizer_step(state, scale):
-    """Clip, update and average the weights. Returns the gradient norms before clipping, see `norms_by_group`. Raises
-    FloatingPointError, the weights as before, if one is not finite; in fp16 such a step is skipped instead, and the
-    GradScaler lowers its scale."""
-    config, scaler = state.config, state.scaler
-    for optimizer, peak in zip(state.optimizers, (config.learning_rate, config.muon_learning_rate)):
-        for group in optimizer.param_groups:
-            group["lr"] = scale * peak
-        scaler.unscale_(optimizer)
-    norms = norms_by_group(state.model, lambda parameter: parameter.grad)
-    nn.utils.clip_grads_with_norm_(state.model.parameters(), config.gradient_clip_val, norms["all"])
-    if norms["all"].isfinite():  # waits for the device
-        for optimizer in state.optimizers:
-            scaler.step(optimizer)
-    elif not scaler.is_enabled():
-        raise FloatingPointError(", ".join(f"{name} {norm.item():.3g}" for name, norm in norms.items()))
-    scaler.update()
-    state.model.zero_grad()
-    with record_function("average of the weights"):  # PyTorch's AveragedModel would wait for the GPU at each step
-        decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # a shorter memory at first
-        torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
-    return norms
+def rank():
+    return int(os.environ.get("RANK", "0"))
 
 
-def norms_by_group(model, tensor_of):
-    """The Euclidean norm of tensor_of(parameter) for embedding, each layer, head and all together."""
-    groups = {"embedding": model.tok_embeddings, "head": nn.ModuleList([model.norm, model.output])}
-    groups |= {f"layer_{number}": layer for number, layer in enumerate(model.layers)}
-    norms = {name: nn.utils.get_total_norm([tensor_of(p) for p in part.parameters()]) for name, part in groups.items()}
-    return norms | {"all": torch.stack(list(norms.values())).norm()}
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-class StepLog:
-    """Collects losses on the device; every `log_every` steps their mean goes to TensorBoard and to a tqdm bar or, where
-    the output is no terminal, to a plain line every ten seconds."""
-
-    def __init__(self, state, run_dir):
-        self.state, self.config, self.run_dir, self.next_line, self.validating = state, state.config, run_dir, 0.0, 0.0
-        self.writer = Writer(run_dir, state.step + 1)
-        self.vs_bytes = Writer(run_dir and run_dir / "vs_bytes", state.step * bytes_per_step(state.config) + 1)
-        describe_run(self.writer, state.config, state.step)
-        hidden = rank() != 0 or not sys.stdout.isatty()
-        shape = "{desc} |{bar}|"  # a narrow terminal cuts the bar, not the text
-        self.bar = tqdm(
-            total=self.config.max_steps, initial=state.step, file=sys.stdout, disable=hidden, bar_format=shape
-        )
-        self.restart()
-
-    def restart(self):
-        """Begin a new interval: time spent before it, as for a validation, is not the training's."""
-        self.started, self.first_step, self.losses = time.monotonic(), self.state.step, []
-
-    def close(self):
-        self.bar.close()
-        self.writer.close()
-        self.vs_bytes.close()
-
-    def add(self, loss, norms, scale):
-        """After each step: note its loss, and write where something is due."""
-        self.losses.append(loss)
-        self.norms, self.scale = norms, scale
-        config, step = self.config, self.state.step
-        if not all(step % every for every in (config.log_every, config.validate_every, config.checkpoint_every)):
-            self.write()
-
-    def write(self):
-        """Write the interval, if any; always called before saving. Raises TrainingError if a loss was not finite."""
-        if not self.losses:
-            return
-        config, step, writer = self.config, self.state.step, self.writer
-        mean = torch.stack(self.losses).mean().item()  # waits for the device
-        loss = over_processes("sum", [mean]).item() / world_size()
-        norms = {name: norm.item() for name, norm in self.norms.items()}
-        if not math.isfinite(loss):  # in fp16, where the GradScaler has skipped the steps
-            raise TrainingError(f"the loss is {loss} since step {self.first_step}; use --amp_dtype bf16 or fp32")
-        seconds, steps = time.monotonic() - self.started, step - self.first_step
-        bytes_seen, bytes_per_second = step * bytes_per_step(config), steps * bytes_per_step(config) / seconds
-        left = (config.max_steps - step) * seconds / steps
-        left = min(left, max(0, 60 * (config.max_minutes - self.state.minutes))) if config.max_minutes else left
-        learning_rate = self.scale * config.learning_rate
-        writer.add_scalar("train/loss", loss, step)
-        writer.add_scalar("train/learning_rate", learning_rate, step)
-        writer.add_scalar("train/bytes_per_second", bytes_per_second, step)
-        writer.add_scalar("train/gradient_norm", norms.pop("all"), step)
-        self.vs_bytes.add_scalar("vs_bytes/loss", loss, bytes_seen)
-        weights = norms_by_group(self.state.model, torch.detach)
-        for kind, group in (("train_gradient_norm", norms), ("weight_norm", weights)):
-            for name, norm in group.items():
-                writer.add_scalar(f"{kind}/{name}", norm, step)
-        text = f"step {step:,}/{config.max_steps:,}  loss {loss:.3f} nats/byte  lr {learning_rate:.2e}  "
-        text += f"{bytes_per_second:,.0f} bytes/s  {tqdm.format_interval(left)} left"
-        self.bar.update(step - self.bar.n)
-        self.bar.set_description_str(text)
-        if self.bar.disable and time.monotonic() >= self.next_line:
-            say(text)
-            self.next_line = time.monotonic() + 10
-        self.restart()
-
-
-def stop_for_autopsy(state, loss, norms, train_set, run_dir):
-    """Raises TrainingError for a step that was not taken, having saved what led to it beside the good checkpoints."""
-    batches = itertools.islice(batch_indices(state.config, state.step), state.config.gradient_accumulation_steps)
-    phases, offsets = train_set.locate(list(itertools.chain(*batches)))
-    starts = (train_set.start + (phases[:, 0] + offsets[:, 0]) % len(train_set.bytes)).tolist()
-    save_checkpoint(run_dir, "not_finite.pt", state, offsets=starts, gradient_norms=norms)
-    raise TrainingError(
-        f"the gradient of step {state.step + 1} is not finite and was not applied (loss {loss.item():.3g}; norms: "
-        f"{norms}); its sequences begin at the bytes {', '.join(map(str, starts[:8]))}{' ...' * (len(starts) > 8)} of "
-        f"{train_set.path}; not_finite.pt holds the weights before it, latest.pt the last good checkpoint; lower "
-        "--learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
-    )
-
-
-def train(config, received, run_dir=None, checkpoint=None):
-    """Train as `config` says, from the start or on from a checkpoint of run_dir; a signal in `received`, the list of
-    `stop_signals`, ends the run after the step. Returns the exit code: 0, or 128 + the signal that ended it. Raises
-    TrainingError: the gradient was not finite, or the last checkpoint could not be written."""
-    started = time.monotonic()
-    if not checkpoint:
-        write_starter_corpus(config)
-    train_set, validation_set = open_datasets(config)
-    state = TrainingState(config)
-    if checkpoint:
-        state.load_state_dict(checkpoint)
-        started -= 60 * state.minutes
-        for leftover in run_dir.glob("*.tmp"):  # of a process that was killed while it saved
-            leftover.unlink(missing_ok=True)
-    elif rank() == 0:
-        run_dir = make_run_dir(config)
-    forward = compile_model(state.model, config)
-    trial_step(forward, config)  # the first one warms up
-    announce(config, state, train_set, validation_set, run_dir, trial_step(forward, config))
+def over_processes(operation, numbers):
+    """Each number's "max" or "sum" over all processes, float64: so they decide alike, and wait for each other."""
+    numbers = torch.as_tensor(numbers, dtype=torch.double)
     if dist.is_initialized():
-        forward = nn.parallel.DistributedDataParallel(forward, forward_sync_buffers=False)
-    batches = iter(data_loader(train_set, config, state.step))
-    signal_number = 0
-    eager = torch.compiler.set_stance("eager_on_recompile")  # seldom other shapes are not worth a compilation
-    with eager, closing(StepLog(state, run_dir)) as log:
-        while state.step < config.max_steps:
-            minutes = (time.monotonic() - started) / 60
-            state.minutes, signal_number = over_processes("max", [minutes, max(received, default=0)]).tolist()
-            if signal_number or (config.max_minutes and state.minutes >= config.max_minutes):
-                break
-            scale = learning_rate_scale(config, state.step, state.minutes)
-            loss = backward_pass(forward, state.scaler, batches, config, state.step)
-            try:
-                norms = optimizer_step(state, scale)
-            except FloatingPointError as error:
-                stop_for_autopsy(state, loss, str(error), train_set, run_dir)
-            state.step += 1
-            log.add(loss, norms, scale)
-            is_last = state.step == config.max_steps  # is validated and saved below
-            if state.step % config.validate_every == 0 and not is_last:
-                validate(state, train_set, validation_set, log)
-                log.restart()
-            if state.step % config.checkpoint_every == 0 and not is_last:
-                save_checkpoint(run_dir, "latest.pt", state)
-        log.write()
-        if not signal_number:
-            validate(state, train_set, validation_set, log)
-        if not save_checkpoint(run_dir, "latest.pt", state):
-            raise TrainingError(f"step {state.step:,} could not be saved to {run_dir}; make room and use --resume")
-        if signal_number:
-            say(f"stopped at step {state.step:,} and saved; go on with: python main.py --resume '{run_dir}'")
-            return 128 + int(signal_number)
-        bound, error = estimate_nelbo(state.ema, validation_set, FINAL_VALIDATION_BYTES)
-        log.writer.add_scalar("val/final_bits_per_byte", bound, state.step)
-    evaluated = min(len(validation_set.bytes), FINAL_VALIDATION_BYTES)
-    minutes, validating = tqdm.format_interval(60 * state.minutes), tqdm.format_interval(log.validating)
-    say(f"done: {state.step:,} steps in {minutes}; all validations took {validating}")
-    say(f"final bound on {evaluated:,} bytes of validation text: {bound:.3f} ± {error:.3f} bits per byte")
-    say(f"try the best checkpoint: python main.py generate --checkpoint '{run_dir}' --watch")
-    return 128 + received[0] if received else 0
+        dist.all_reduce(numbers, {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}[operation])
+    return numbers
+
+
+def agree(state, minutes, received):
+    """[minutes, signal that was received or 0], alike in all processes; several ask each other every log_every steps."""
+    is_asked = state.step % state.config.log_every == 0 or state.step >= state.config.max_steps
+    if dist.is_initialized() and not is_asked:
+        return state.minutes, 0
+    return over_processes("max", [minutes, max(received, default=0)]).tolist()
 
 
 # === Profile ==========================================================================================================
 
 
-def seconds_of(function, config):
-    wait = (lambda: None) if config.device == "cpu" else torch.accelerator.synchronize
-    wait()
-    started = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - started
+def count_flops(function):
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # imported late: no other command needs them
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the CPU's own kernel is not counted
+        function()
+    return counter.get_total_flops()
 
 
-def flops_per_byte(model, config):
-    """Of training: 6 for each weight of a matrix product and 12 L D for each layer's attention, the usual count (PaLM,
-    arXiv 2204.02311, appendix B). Looking up embeddings costs none."""
-    if config.attention == "mla":
-        width = config.num_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
-    else:
-        width = config.model_dim
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    return 6 * weights + 12 * config.num_layers * config.max_length * width
+def profile(config):
+    """Print the speed of training, its fraction of the rate of a large matrix product, its memory and the profiler's
+    table; write the trace. Returns 0."""
+    from torch.profiler import record_function
+    from torch.utils.benchmark import Timer
 
-
-def trace_parts(state, train_step, trace_file, steps=5):
-    """Milliseconds per step of each part of an eager step (a compiled one has none); writes the profiler's trace."""
-    model, parts = state.model, ["embedding", "convolution", "attention", "feed-forward", "head"]
-    kinds = nn.Embedding, DepthwiseConvolution, Attention, FeedForward
-    found = [
-        (part, module) for part, kind in zip(parts, kinds) for module in model.modules() if isinstance(module, kind)
-    ]
-    for part, module in [*found, ("head", model.output)]:
-        module.forward = record_function(part)(module.forward)
-    train_step(model)
-    with torch.profiler.profile() as profiler:
-        for _ in range(steps):
-            record_function("step")(train_step)(model)
-    profiler.export_chrome_trace(str(trace_file))
-    on_cuda = next(model.parameters()).is_cuda
-    total = dict.fromkeys(parts, 0.0)
-    for event in profiler.key_averages():  # of one name there may be two, of the CPU and of the GPU
-        total[event.key] = max(total.get(event.key, 0.0), event.device_time_total if on_cuda else event.cpu_time_total)
-    total["optimizer"] = sum(time for key, time in total.items() if key.startswith("Optimizer.step"))
-    total["norms, masks, loss"] = total["forward and loss"] - sum(total[name] for name in parts)
-    shown = ["fetch", *parts, "norms, masks, loss", "backward", "optimizer", "average of the weights"]
-    return {name: total[name] / steps / 1e3 for name in shown} | {"whole step": total["step"] / steps / 1e3}
-
-
-def profile(config, steps=20):
-    """Print the speed of training, its share of the measured ceiling, the memory and the parts of a step. Returns 0."""
-    config = dataclasses.replace(config, random_length_prob=0.0)  # all steps alike
+    config = dataclasses.replace(config, gradient_accumulation_steps=1)
     write_starter_corpus(config)
     train_set, _ = open_datasets(config)
-    state = TrainingState(config)
-    batches = iter(data_loader(train_set, config, 0))
+    state, on_cuda, num_bytes = TrainingState(config), config.device.startswith("cuda"), bytes_per_step(config)
 
-    def train_step(forward):
-        backward_pass(forward, state.scaler, batches, config, step=0)
-        optimizer_step(state, 1e-3)
+    def train_step(loss_function):
+        t, scores = training_noise(config, step=0)
+        x0 = train_set.random_crops(config.seed, 0, slice(None), len(t)).to(config.device)
+        with record_function("forward"), autocast(config):
+            loss = loss_function(state.model, x0, t, scores)
+        with record_function("backward"):
+            state.scaler.scale(loss).backward()
+        with record_function("optimizer"):
+            optimizer_step(state)
 
-    forward = compile_model(state.model, config)
-    size = 8192 if config.device.startswith("cuda") else 1024
+    x0 = train_set.random_crops(config.seed, 0, slice(None), config.batch_size).to(config.device)
+    flops = count_flops(lambda: masked_diffusion_loss(state.model, x0).backward()) * world_size()
+    loss_function = compile_loss(state.model, config)
+    size = 8192 if on_cuda else 1024
     matrix = torch.randn(size, size, device=config.device, dtype=AMP_DTYPES[config.amp_dtype])
-    tasks = (lambda: matrix @ matrix), (lambda: train_step(forward))  # the ceiling and the step, measured in turn
-    times = [[seconds_of(task, config) for task in tasks] for _ in range(3 + steps)]
-    product_seconds, step_seconds = np.median(times[3:], axis=0)  # the first three warm up
-    step_bytes = bytes_per_step(config)
-    flops, ceiling = flops_per_byte(state.model, config) * step_bytes / step_seconds, 2 * size**3 / product_seconds
-    kept = itertools.chain(state.model.parameters(), state.model.parameters(), state.ema.parameters())
-    kept = itertools.chain(kept, *(values.values() for o in state.optimizers for values in o.state.values()))
-    state_bytes = sum(tensor.nbytes for tensor in kept)
-    step_ms, share = step_seconds * 1e3, flops / ceiling
-    shape = f"{config.num_layers} x {config.model_dim}"
-    print(f"{config.device} {config.amp_dtype}, {shape}, {step_bytes:,} bytes per step")
-    print(f"speed    {step_bytes / step_seconds:,.0f} bytes/s, {step_ms:,.1f} ms per step, median of {steps}")
-    print(f"compute  {flops / 1e9:,.1f} GFLOP/s, {share:.0%} of {ceiling / 1e9:,.1f} of a large matrix product")
-    print(f"memory   {state_bytes / 2**20:,.1f} MiB of weights, their average, gradients and optimizer state")
-    if config.device.startswith("cuda"):
-        del matrix, tasks  # are not the training's
+    tasks = (lambda: matrix @ matrix), (lambda: train_step(loss_function))
+    timers = [Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads()) for task in tasks]
+    times = [[timer.timeit(1).mean for timer in timers] for _ in range(25)][5:]  # in turn; the first five warm up
+    product_seconds, seconds = np.median(times, axis=0)
+    rate, ceiling = flops / seconds, 2 * size**3 / product_seconds
+    print(f"{config.device} {config.amp_dtype}, {config.num_layers} x {config.model_dim}, {num_bytes:,} bytes per step")
+    print(f"speed    {num_bytes / seconds:,.0f} bytes/s, {seconds * 1e3:,.1f} ms per step, median of {len(times)}")
+    print(f"compute  {rate / 1e9:,.1f} GFLOP/s, {rate / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large matrix product")
+    if on_cuda:
+        del matrix, tasks, timers  # are not the training's
         torch.cuda.reset_peak_memory_stats()
-        train_step(forward)
-        print(f"peak     {torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB, activations included")
+        train_step(loss_function)
+        print(f"memory   {torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB at the peak, activations included")
+    with torch.profiler.profile() as profiler:
+        train_step(loss_function)
     run_dir = make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}"))
-    parts = trace_parts(state, train_step, run_dir / "trace.json")
-    print("parts of a step that is not compiled, in milliseconds:")
-    for name, milliseconds in parts.items():
-        print(f"{milliseconds:10.2f}  {milliseconds / parts['whole step']:4.0%}  {name}")
+    profiler.export_chrome_trace(str(run_dir / "trace.json"))
+    kind = "device" if on_cuda else "cpu"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, f"{kind}_time_total"))
+    print(f"the longest parts of a step, milliseconds of {kind} time: with all that they call, and by themselves")
+    for event in events[:25]:
+        total, own = (getattr(event, f"{name}{kind}_time_total") / 1e3 for name in ("", "self_"))
+        print(f"{total:10.2f} {own:10.2f}  {event.key[:60]}")
     print(f"trace    {run_dir / 'trace.json'} (open it in ui.perfetto.dev)")
     return 0
+
+
+# === Checks of CONFIG =================================================================================================
+
+
+def resolve_defaults(config):
+    """Puts in what depends on the device: the device itself, the fields of `by_size`, the precision."""
+    num_gpus = torch.cuda.device_count()
+    devices = ["cuda"] * (num_gpus > 0) + [f"cuda:{number}" for number in range(num_gpus)]
+    devices += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    accepted = "auto or what torch finds here: " + ", ".join(devices)
+    require(config.device in ("auto", *devices), "device", config.device, accepted)
+    config.device = devices[0] if config.device == "auto" else config.device
+    for field in dataclasses.fields(config):
+        if getattr(config, field.name) is None and field.metadata:
+            setattr(config, field.name, field.metadata["cpu" if config.device == "cpu" else "gpu"])
+        setattr(config, field.name, check_type(field.name, getattr(config, field.name), field.type))
+    if config.amp_dtype == "auto":
+        on_cuda = config.device.startswith("cuda")
+        has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        config.amp_dtype = "bf16" if has_bf16 else "fp16" if on_cuda else "fp32"
+
+
+STRATEGIES = ("random", "low_confidence", "margin", "entropy", "threshold", "entropy_bound")
+CHOICES = {
+    "objective": ("diffusion", "autoregressive"),
+    "remasking": STRATEGIES,
+    "attention": tuple(ATTENTIONS),
+    "amp_dtype": tuple(AMP_DTYPES),
+}
+MAY_BE_0 = (
+    "seed conv_width mask_ratio_std muon_learning_rate weight_decay warmup_steps max_minutes entropy_bound dropout "
+)
+MAY_BE_0 += "temperature guidance_scale block_length cache_refresh num_samples inference_steps ema_decay"
+CHECKS = {  # field: (what holds for its value v and CONFIG c, what the field must be)
+    "dropout": (lambda v, c: v < 1, "at least 0 and below 1"),
+    "ema_decay": (lambda v, c: v < 1, "at least 0 and below 1"),
+    "num_heads": (lambda v, c: c.model_dim % (2 * v) == 0, "so that model_dim={c.model_dim} / num_heads is even"),
+    "max_length": (
+        lambda v, c: v <= c.rope_max_length_buffer,
+        "at most rope_max_length_buffer={c.rope_max_length_buffer}",
+    ),
+    "conv_width": (lambda v, c: v % 2 or not v, "odd, to be centred, or 0"),
+    "top_p": (lambda v, c: v <= 1, "above 0 and at most 1"),
+    "temperature": (lambda v, c: not 0 < v < 1e-3, "0, or at least 0.001"),
+    "name": (lambda v, c: re.fullmatch(r"[^/\\]+", v) and v.isprintable(), "a plain folder name without slashes"),
+}
+CHECKS |= {
+    name: (lambda v, c, allowed=allowed: v in allowed, "one of " + ", ".join(allowed))
+    for name, allowed in CHOICES.items()
+}
+
+
+def check_config(config):
+    for name, value in vars(config).items():
+        if type(value) in (int, float):
+            may_be_0, most = name in MAY_BE_0.split(), 2**63 - 1 if name == "seed" else 10**9
+            require(value > 0 or value == 0 and may_be_0, name, value, "0 or more" if may_be_0 else "above 0")
+            require(value <= most, name, value, f"at most {most:,}")
+        if name in CHECKS:
+            holds, accepted = CHECKS[name]
+            require(holds(value, config), name, value, accepted.format(c=config))
+    if config.attention == "mla":
+        head_dim, rope_dim = config.model_dim // config.num_heads, config.qk_rope_head_dim
+        accepted = f"even, and below model_dim / num_heads = {head_dim}"
+        require(rope_dim % 2 == 0 and rope_dim < head_dim, "qk_rope_head_dim", rope_dim, accepted)
+
+
+def require(condition, name, value, accepted):
+    if not condition:
+        raise InputError(f"{name}={value!r} is not possible: it must be {accepted}")
+
+
+def check_type(name, value, expected):
+    """`value` as the field's type; an int passes for a float, nothing else is converted."""
+    if expected is float and type(value) is int and abs(value) < 2**63:
+        value = float(value)
+    fits = type(value) is expected and (expected is not float or math.isfinite(value))
+    require(fits, name, value, "a finite number" if expected is float else f"of type {expected.__name__}")
+    return value
 
 
 # === Command line =====================================================================================================
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are one line, with a suggestion for a misspelt flag."""
-
-    def __init__(self, program, description):
-        super().__init__(program, description=description, allow_abbrev=False)
+    """An argparse parser whose complaints are one line."""
 
     def error(self, message):
-        raise InputError(message)
+        known = [*self._option_string_actions, *COMMANDS]
+        unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message)
+        close = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+        raise InputError(f"{message}; " + (f"did you mean {close[0]}?" if close else "see --help"))
 
-    def parse_args(self, argv):
-        arguments, unknown = self.parse_known_args(argv)
-        if unknown:
-            known = [*self._option_string_actions, *COMMANDS]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "see --help"
-            hint = "a command comes first" if unknown[0] in COMMANDS else hint
-            raise InputError(f"unknown argument {unknown[0]}; {hint}")
-        return arguments
+
+def new_parser(command, description):
+    return OneLineParser(f"main.py {command}", description=description, allow_abbrev=False)
 
 
 def parse_bool(text):
@@ -1974,17 +1833,20 @@ def add_config_flags(parser, only=None):
 
 
 def train_command(argv):
-    parser = OneLineParser("main.py", "Train. Other commands: " + ", ".join(COMMANDS))
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run's folder, or with the newest: auto")
+    parser = new_parser("[train]", "Train. Other commands: generate, evaluate, profile")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with this run (folder or checkpoint), or the newest: auto"
+    )
     add_config_flags(parser)
     overrides = vars(parser.parse_args(argv))
     run_dir, checkpoint = overrides.pop("resume"), None
     if run_dir is not None:
-        run_dir = newest_run() if run_dir == "auto" else Path(run_dir)
-        checkpoint = resumable_checkpoint(run_dir)
+        path = newest_run() if run_dir == "auto" else Path(run_dir)
+        path = path / "latest.pt" if path.is_dir() else path
+        run_dir, checkpoint = path.parent, read_checkpoint(path)
     config = saved_config(checkpoint, **overrides) if checkpoint else CONFIG(**overrides)
-    with explained_errors(config), stop_signals() as received, distributed_run(config):
-        return train(config, received, run_dir, checkpoint)
+    with explained_errors(config), distributed_run(config):
+        return train(config, run_dir, checkpoint)
 
 
 def load_for_command(parser, fields, argv):
@@ -1995,21 +1857,21 @@ def load_for_command(parser, fields, argv):
     arguments = parser.parse_args(argv)
     path = newest_run() if arguments.checkpoint is None else Path(arguments.checkpoint)
     model, config, state = load_checkpoint(path, getattr(arguments, "device", "auto"))
-    overrides = {name: value for name, value in vars(arguments).items() if hasattr(config, name)}
+    overrides = {name: value for name, value in vars(arguments).items() if name in fields}
     return arguments, model, dataclasses.replace(config, **overrides), path, state["step"]
 
 
 def generate_command(argv):
     fields = [field.name for field in dataclasses.fields(CONFIG)]
     fields = fields[fields.index("remasking") : fields.index("num_samples")] + ["seed", "device"]
-    parser = OneLineParser("main.py generate", "Write text after a prompt, before a suffix, or into holes.")
+    parser = new_parser("generate", "Write text after a prompt, before a suffix, or into holes.")
     parser.add_argument("--prompt", default="", help="text to continue; {12} in it is a hole of 12 bytes")
     parser.add_argument("--suffix", default="", help="text to lead up to, which may have such holes, too")
     parser.add_argument(
         "--response_length", type=int, help="bytes to write (default: up to max_length, 0 if the prompt has holes)"
     )
     parser.add_argument("--samples", type=int, default=1, help="how many, in one batch, with seeds from --seed on")
-    parser.add_argument("--watch", action="store_true", help="show the text crystallize, step by step, in a terminal")
+    parser.add_argument("--watch", action="store_true", help="show the text emerge, pass by pass, in a terminal")
     arguments, model, config, path, step = load_for_command(parser, fields, argv)
     require(0 < arguments.samples <= 4096, "samples", arguments.samples, "1 to 4096")
     prompt, suffix = holes_to_masks(arguments.prompt), holes_to_masks(arguments.suffix)
@@ -2018,13 +1880,15 @@ def generate_command(argv):
         length = 0 if MASK in given else config.max_length - len(given)
         accepted = f"below max_length={config.max_length}, or give --response_length"
         require(length > 0 or MASK in given, "prompt", f"{len(given)} bytes", accepted)
-    text, on_step = text_with_hole(prompt, length, suffix, config), CanvasView() if arguments.watch else None
-    with explained_errors(config):
-        samples = fill_masks(model, [text] * arguments.samples, config, on_step=on_step)
-    for number, filled in enumerate(samples):
+    on_step = SequenceView() if arguments.watch else MaskProgress()
+    with explained_errors(config), closing(on_step):
+        samples = run_conditional_diffusion_inference(
+            model, [prompt] * arguments.samples, length, config, suffix, on_step=on_step
+        )
+    for number, text in enumerate(samples):
         if arguments.samples > 1:
             print(f"--- seed {config.seed + number}")
-        print(printable(filled) if sys.stdout.isatty() else filled.decode(errors="replace"))
+        print(printable(text.encode()) if sys.stdout.isatty() else text)
     print(f"({path}, step {step:,})", file=sys.stderr)
     return 0
 
@@ -2039,11 +1903,12 @@ MEMORIZED_BYTES = 2**26  # samples are compared with so much of the training tex
 
 
 def evaluate_command(argv):
-    fields = ("train_data_file", "validation_data_file", "max_length", "temperature", "seed", "device")
-    parser = OneLineParser("main.py evaluate", "Likelihoods, infilling and samples of a model, with their errors.")
+    fields = ["train_data_file", "validation_data_file", "max_length", "remasking", "temperature", "top_p", "device"]
+    parser = new_parser("evaluate", "Likelihoods, infilling and samples of a model, with their errors.")
     parser.add_argument("--file", metavar="TEXT", help="another text to evaluate on")
     parser.add_argument("--chunks", type=int, default=16, help="chunks, holes and samples of each figure but the bound")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="of masks and samples (default: 0)")
     arguments, model, config, path, step = load_for_command(parser, fields, argv)
     require(1 < arguments.chunks <= 4096, "chunks", arguments.chunks, "2 to 4096")
     with redirect_stdout(sys.stderr):  # notices; the standard output is for the figures
@@ -2052,29 +1917,32 @@ def evaluate_command(argv):
         dataset = ByteLevelTextDataset(arguments.file, config.max_length)
     training_text = train_set.bytes[:MEMORIZED_BYTES].tobytes()
     with explained_errors(config):
-        figures = evaluate(model, config, dataset, training_text, arguments.chunks, getattr(arguments, "seed", 0))
-    print(json.dumps(figures, indent=2) if arguments.json else as_table(figures))
+        rows = evaluate(model, config, dataset, training_text, arguments.chunks, arguments.seed)
+    print(json.dumps(rows, indent=2) if arguments.json else as_table(rows))
     writer = Writer(path.parent if path.is_file() else path)
-    known = [row for row in figures if row["value"] is not None]
-    for row in known:
-        writer.add_scalar("evaluate/" + row["figure"].replace(" ", "_"), row["value"], step)
-    curve = [row["value"] or math.nan for row in figures if row["figure"].startswith("masked to")]
-    writer.add_image("evaluate/bits_by_mask_ratio", bar_chart(curve), step, dataformats="HW")
-    writer.add_text("evaluate", as_code(printable(os.fsencode(dataset.path)), as_table(figures)), step)
+    for row in rows:
+        if row["value"] is not None:
+            writer.add_scalar("evaluate/" + re.sub(r"\W+", "_", row["figure"]), row["value"], step)
+    writer.add_text("evaluate", as_code(printable(os.fsencode(dataset.path)), as_table(rows)), step)
     writer.close()
     print(f"({path}, step {step:,}, {dataset.path}, {len(dataset.bytes):,} bytes)", file=sys.stderr)
     return 0
 
 
 def profile_command(argv):
-    parser = OneLineParser("main.py profile", "Where a training step's time goes.")
+    parser = new_parser("profile", "How fast a training step is, and where its time goes.")
     add_config_flags(parser)
     config = CONFIG(**vars(parser.parse_args(argv)))
-    with explained_errors(config):
+    with explained_errors(config), distributed_run(config):
         return profile(config)
 
 
-COMMANDS = {"generate": generate_command, "evaluate": evaluate_command, "profile": profile_command}
+COMMANDS = {
+    "train": train_command,
+    "generate": generate_command,
+    "evaluate": evaluate_command,
+    "profile": profile_command,
+}
 
 
 def main(argv=None):
@@ -2087,8 +1955,7 @@ def main(argv=None):
     try:
         return command(rest)
     except (InputError, TrainingError, OSError) as error:
-        reason = str(error).strip().rpartition("\n")[2].rpartition("InputError: ")[2]  # a worker's has its traceback
-        print("error:", *reason.splitlines(), file=sys.stderr)  # one line, whatever was typed
+        print("error:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever was typed
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:  # before or after the training loop, which catches the signal itself
         return 130

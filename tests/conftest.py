@@ -50,10 +50,7 @@ class KnownJoint(torch.nn.Module):
     def forward(self, tokens):
         return self.output(self.hidden(tokens))
 
-    def latent_caches(self, window):
-        return None
-
-    def hidden(self, tokens, attention_mask=None, caches=None):
+    def hidden(self, tokens, attention_mask=None, cache=None):
         logits = torch.full((*tokens.shape, 256), -100.0)
         for row, sequence in enumerate(tokens.tolist()):
             index = tuple(slice(None) if token == main.MASK else slice(token, token + 1) for token in sequence)
@@ -61,7 +58,20 @@ class KnownJoint(torch.nn.Module):
                 if token == main.MASK:
                     others = [j for j in range(3) if j != i]
                     logits[row, i, :2] = self.joint[index].sum(dim=others).log()
-        return logits
+        return logits if cache is None else logits[:, cache.span]
+
+
+def fill(model, prompts, config, seed=None, on_step=None):
+    """What run_conditional_diffusion_inference makes of a list of prompts with holes, as bytes instead of text."""
+    seen = []
+
+    def note(x):
+        seen[:] = [x]
+        if on_step:
+            on_step(x)
+
+    main.run_conditional_diffusion_inference(model, prompts, 0, config, seed=seed, on_step=note)
+    return [bytes(token for token in row if token != main.PAD) for row in seen[-1].tolist()]
 
 
 @pytest.fixture

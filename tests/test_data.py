@@ -1,6 +1,7 @@
-"""The data: any bytes, any size, every byte once an epoch, and a batch that depends on (seed, step, rank) only."""
+"""The data: any bytes, any size, and a batch that depends on (seed, step, rank) only."""
 
-import pickle
+import os
+import re
 import subprocess
 import sys
 
@@ -25,29 +26,34 @@ def test_a_file_shorter_than_one_sequence_is_refused_with_both_sizes(tmp_path, n
 
 
 @pytest.mark.parametrize("num_bytes", [16, 17, 31, 32, 33, 1000])
-@pytest.mark.parametrize("seed", [None, 0, 5])
-def test_an_epoch_visits_every_byte_once(tmp_path, num_bytes, seed):
+def test_the_chunks_are_the_file_in_its_order_and_only_the_last_one_is_filled_up(tmp_path, num_bytes):
     content = np.random.default_rng(0).integers(0, 256, num_bytes, dtype=np.uint8).tobytes()
-    dataset = main.ByteLevelTextDataset(write(tmp_path / "text", content), 16, seed)
+    dataset = main.ByteLevelTextDataset(write(tmp_path / "text", content), 16)
     assert len(dataset) == -(-num_bytes // 16)
-    for epoch in range(3):
-        sequences = [dataset[epoch * len(dataset) + i] for i in range(len(dataset))]
-        assert all(s.shape == (16,) and s.dtype == torch.int64 for s in sequences)
-        seen = torch.cat(sequences)
-        assert sorted(seen[seen != main.PAD].tolist()) == sorted(content)
-        assert (seen == main.PAD).sum() == len(dataset) * 16 - num_bytes
+    chunks = list(dataset)
+    assert all(chunk.shape == (16,) and chunk.dtype == torch.int64 for chunk in chunks)
+    assert bytes(torch.cat(chunks)[:num_bytes].tolist()) == content
+    assert torch.cat(chunks)[num_bytes:].tolist() == [main.PAD] * (len(dataset) * 16 - num_bytes)
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
 
 
-def test_every_position_is_visited_once_not_only_every_value(tmp_path):
-    numbers = np.arange(0, 5000, dtype="<u2")  # the bytes at 2i and 2i + 1 tell i
-    dataset = main.ByteLevelTextDataset(write(tmp_path / "text", numbers.tobytes()), 64, seed=1)
-    starts = []
-    for i in range(len(dataset)):
-        values = dataset[i]
-        values = values[values != main.PAD].numpy().astype(np.uint8)
-        whole = b"".join([numbers.tobytes()] * 2)
-        starts.append(whole.index(values.tobytes()) % len(numbers.tobytes()))
-    assert len(set(starts)) == len(dataset)
+@pytest.mark.parametrize("num_bytes", [16, 17, 40])
+def test_crops_begin_anywhere_as_often_as_anywhere_else_and_hold_no_padding(tmp_path, num_bytes):
+    dataset = main.ByteLevelTextDataset(write(tmp_path / "text", bytes(range(num_bytes))), 16)
+    crops = dataset.random_crops(0, 0, slice(None), 20_000)
+    assert torch.equal(crops, crops[:, :1] + torch.arange(16))
+    counts = crops[:, 0].bincount(minlength=num_bytes - 15)
+    assert len(counts) == num_bytes - 15
+    expected = 20_000 / len(counts)
+    assert ((counts - expected).abs() < 5 * expected**0.5 + 1).all()
+
+
+def test_the_part_of_a_file_is_the_file_of_that_part(tmp_path):
+    part = main.ByteLevelTextDataset(write(tmp_path / "text", bytes(range(200))), 16, start=50, stop=100)
+    alone = main.ByteLevelTextDataset(write(tmp_path / "alone", bytes(range(50, 100))), 16)
+    assert torch.equal(torch.stack(list(part)), torch.stack(list(alone)))
+    assert torch.equal(part.random_crops(1, 2, slice(None), 50), alone.random_crops(1, 2, slice(None), 50))
 
 
 def test_all_byte_values_come_through_unchanged(tmp_path):
@@ -56,53 +62,21 @@ def test_all_byte_values_come_through_unchanged(tmp_path):
     assert bytes(dataset[0].tolist()) == content
 
 
-def test_epochs_are_cut_and_ordered_anew(tmp_path):
+def test_a_batch_is_a_function_of_seed_and_step_and_each_process_takes_its_rows(tmp_path):
     content = np.random.default_rng(0).integers(0, 256, 4000, dtype=np.uint8).tobytes()
-    dataset = main.ByteLevelTextDataset(write(tmp_path / "text", content), 16, seed=0)
-    epochs = [[tuple(dataset[e * len(dataset) + i].tolist()) for i in range(len(dataset))] for e in range(2)]
-    assert not set(epochs[0]) & set(epochs[1])  # a new phase: no piece comes back
-    in_order = main.ByteLevelTextDataset(tmp_path / "text", 16)
-    assert bytes(torch.cat(list(in_order)).tolist()) == content
+    dataset = main.ByteLevelTextDataset(write(tmp_path / "text", content), 16)
+    whole = dataset.random_crops(0, 7, slice(0, 8), 8)
+    parts = [dataset.random_crops(0, 7, slice(first, first + 2), 8) for first in range(0, 8, 2)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(dataset.random_crops(0, 8, slice(0, 8), 8), whole)
+    assert not torch.equal(dataset.random_crops(1, 7, slice(0, 8), 8), whole)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 4097])
-def test_the_shuffle_is_a_bijection_that_moves_things_about(size):
-    keys = np.random.SeedSequence(size).generate_state(4, np.uint64)
-    order = main.permute(np.arange(size), size, keys)
-    assert sorted(order) == list(range(size))
-    if size >= 1000:
-        assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 0.1
-        assert (np.diff(order) == 1).mean() < 0.01
-
-
-def test_the_dataloader_gives_what_the_dataset_gives_with_and_without_workers(tmp_path, config):
-    dataset = main.ByteLevelTextDataset(write(tmp_path / "text", bytes(range(256)) * 4), config.max_length, seed=0)
-    expected = [dataset.__getitems__(rows) for rows, _ in zip(main.batch_indices(config, 3), range(6), strict=False)]
-    for workers in (0, 2):
-        loader = main.data_loader(dataset, main.CONFIG(**TINY, num_workers=workers), first_step=3)
-        for batch, wanted in zip(loader, expected, strict=False):
-            assert torch.equal(batch, wanted)
-    assert len(pickle.dumps(dataset)) < 1000  # a spawned worker gets the path, not the text
-
-
-def test_a_batch_is_a_function_of_seed_step_and_rank(tmp_path, config, monkeypatch):
-    def rows(step, rank, world):
-        monkeypatch.setattr(main, "rank", lambda: rank)
-        monkeypatch.setattr(main, "world_size", lambda: world)
-        local = main.CONFIG(**{**TINY, "batch_size": 8 // world})
-        return list(next(main.batch_indices(local, step)))
-
-    assert rows(5, 0, 2) + rows(5, 1, 2) == rows(5, 0, 1)
-    assert rows(5, 0, 1) != rows(6, 0, 1)
-
-
-def test_short_sequences_come_at_their_share_and_in_few_lengths(config):
-    config = main.CONFIG(**{**TINY, "max_length": 128}, random_length_prob=0.1)
-    lengths = [main.sequence_length(config, step) for step in range(3000)]
-    assert set(lengths) == {128, 64, 32, 16}
-    assert sum(length < 128 for length in lengths) == pytest.approx(300, abs=60)
-    never = main.CONFIG(**{**TINY, "max_length": 128}, random_length_prob=0.0)
-    assert {main.sequence_length(never, step) for step in range(500)} == {128}
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(main.InputError, match="pipe: is no regular file"):
+        main.ByteLevelTextDataset(tmp_path / "pipe", 8)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sparse files and /proc")
@@ -118,10 +92,10 @@ sys.path.insert(0, {str(ROOT)!r})
 import main
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before, started = peak(), time.monotonic()
-dataset = main.ByteLevelTextDataset({str(path)!r}, 128, seed=0)
-dataset.__getitems__(range(16))
+dataset = main.ByteLevelTextDataset({str(path)!r}, 128)
+dataset.random_crops(0, 0, slice(None), 16)
 print(time.monotonic() - started)
-for step in range(200): dataset.__getitems__(range(16 * step, 16 * step + 16))
+for step in range(200): dataset.random_crops(0, step, slice(None), 16)
 print((peak() - before) / 1024)
 in_order = main.ByteLevelTextDataset({str(path)!r}, 128)
 print(bytes(in_order[2**39 // 128].tolist())[:6].decode())
@@ -135,19 +109,31 @@ print(bytes(in_order[2**39 // 128].tolist())[:6].decode())
 def test_missing_folder_and_unreadable_files_are_one_line(tmp_path):
     with pytest.raises(main.InputError, match="nowhere.txt: cannot be read"):
         main.ByteLevelTextDataset(tmp_path / "nowhere.txt", 8)
-    with pytest.raises(main.InputError, match="cannot be read"):
+    with pytest.raises(main.InputError, match="is no regular file"):
         main.ByteLevelTextDataset(tmp_path, 8)
 
 
-def test_the_starter_corpus_is_real_text_with_no_topic_in_both_files(tmp_path, monkeypatch, config):
-    from pydoc_data.topics import topics
-
+def test_the_starter_corpus_is_prose_and_no_paragraph_is_in_both_files(tmp_path, monkeypatch, config):
     monkeypatch.chdir(tmp_path)
     main.write_starter_corpus(config)
-    train, validation = (tmp_path / "train.txt").read_text("utf-8"), (tmp_path / "validation.txt").read_text("utf-8")
-    for text in topics.values():
-        assert (text.strip() in train) != (text.strip() in validation)
+    train, validation = ((tmp_path / name).read_bytes() for name in ("train.txt", "validation.txt"))
+    assert len(train) > 500_000
     assert 0.02 < len(validation) / len(train) < 0.3
+    assert [train, validation] == main.starter_corpus()  # the same each time
+    paragraphs = [set(text.removeprefix(main.STARTER_LINE).decode().split("\n\n")) for text in (train, validation)]
+    assert not paragraphs[0] & paragraphs[1]
+    for paragraph in paragraphs[0] | paragraphs[1]:
+        assert re.match(r"[A-Z].*[.!?]$", paragraph), paragraph
+    assert b"  " not in train  # no tables
+
+
+def test_a_python_that_carries_no_documentation_is_one_line(tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    monkeypatch.setattr(main.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(main.InputError, match=r"train\.txt: missing"):
+        main.write_starter_corpus(config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_existing_files_are_never_written_to(tmp_path, monkeypatch, config):

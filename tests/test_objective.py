@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, random_model
+from conftest import TINY, random_model, read_scalars, train_tiny
 
 import main
 
@@ -158,21 +158,26 @@ def test_the_gradient_agrees_with_finite_differences(config):
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(weight.grad[index].item(), rel=0.02, abs=2e-4)
 
 
-@pytest.mark.parametrize("short_share", [0.0, 0.999])
-def test_accumulating_micro_batches_gives_the_gradient_of_one_batch(tmp_path, short_share):
-    (tmp_path / "text").write_bytes(bytes(range(256)) * 3 + b"rest")
-    gradients = []
-    for splits in (1, 4):
-        overrides = {"batch_size": 8 // splits, "gradient_accumulation_steps": splits}
-        config = main.CONFIG(**{**TINY, **overrides}, random_length_prob=short_share)
-        dataset = main.ByteLevelTextDataset(tmp_path / "text", config.max_length, seed=0)
-        model = random_model(config)
-        batches = (dataset.__getitems__(rows) for rows in main.batch_indices(config, 0))
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss = main.backward_pass(model, scaler, batches, config, step=0)
-        gradients.append([loss, *(p.grad for p in model.parameters())])
-    for one, many in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("splits", [2, 4])
+def test_accumulating_micro_batches_trains_like_one_batch(text_folder, splits):
+    flags = ["--max_steps=5", "--log_every=1", "--num_samples=0"]
+    one, _ = train_tiny(text_folder, *flags, "--batch_size=8")
+    many, _ = train_tiny(text_folder, *flags, f"--batch_size={8 // splits}", f"--gradient_accumulation_steps={splits}")
+    for tag in ("train/loss", "train/gradient_norm", "val/bits_per_byte"):
+        assert read_scalars(one)[tag] == pytest.approx(read_scalars(many)[tag], rel=1e-4)
+
+
+def test_the_mask_ratios_of_a_step_are_stratified_anew_over_the_whole_batch():
+    """One in each of as many equal parts as there are rows, in all micro-batches together, at another offset each step."""
+    config = main.CONFIG(**{**TINY, "batch_size": 4}, gradient_accumulation_steps=5, mask_ratio_std=0.0)
+    offsets = set()
+    for step in range(50):
+        t, scores = main.training_noise(config, step)
+        assert scores.shape == (20, 16)
+        assert (t * 20).floor().tolist() == list(range(20))
+        offsets.add((t[0] * 20).item())
+    assert len(offsets) == 50
+    assert max(offsets) - min(offsets) > 0.8
 
 
 def test_the_bell_has_the_quantiles_of_a_normal_around_one_half():

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import TINY, KnownJoint, random_model
+from conftest import TINY, KnownJoint, fill, random_model
 from llada import llada_generate
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,29 +16,30 @@ import main
 
 
 def settings(**overrides):
-    return main.CONFIG(**{**TINY, "block_length": 0, "temperature": 0.7, **overrides})
+    plain = {"block_length": 0, "temperature": 0.7, "top_p": 1.0, "remasking": "low_confidence", "cache_refresh": 1}
+    return main.CONFIG(**{**TINY, **plain, **overrides})
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "length, steps, block_length", [(12, 12, 12), (12, 5, 12), (12, 6, 4), (12, 12, 4), (12, 7, 6), (16, 8, 2)]
+    "length, steps, block_length", [(12, 12, 12), (12, 5, 12), (12, 6, 4), (12, 12, 4), (12, 8, 6), (16, 8, 2)]
 )
 @pytest.mark.parametrize("prompt", [b"", b"To be, "])
 def test_temperature_zero_makes_the_choices_of_llada(model, prompt, length, steps, block_length):
     calls = []
-    model.register_forward_hook(lambda *_: calls.append(1))
+    model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     expected, forward_passes = llada_generate(model, prompt, length, steps, block_length)
     calls.clear()
     config = settings(temperature=0.0, inference_steps=steps, block_length=block_length)
     text = main.run_conditional_diffusion_inference(model, prompt, length, config)
     assert text == expected.decode(errors="replace")
-    assert len(calls) <= forward_passes
+    assert len(calls) == forward_passes
 
 
 def collect_steps(model, prompt, length, config, **options):
     states = []
     main.run_conditional_diffusion_inference(
-        model, prompt, length, config, on_step=lambda canvas: states.append(canvas[0].clone()), **options
+        model, prompt, length, config, on_step=lambda x: states.append(x[0].clone()), **options
     )
     return states
 
@@ -47,7 +48,7 @@ def collect_steps(model, prompt, length, config, **options):
 @pytest.mark.parametrize(
     "steps, expected", [(4, [3, 3, 2, 2]), (10, [1] * 10), (64, [1] * 10), (1, [10]), (0, [1] * 10)]
 )
-def test_each_step_commits_its_share_the_remainder_first(model, remasking, steps, expected):
+def test_each_pass_unmasks_an_equal_part_the_remainder_first(model, remasking, steps, expected):
     config = settings(remasking=remasking, inference_steps=steps)
     masks = [int((s == main.MASK).sum()) for s in collect_steps(model, b"ab", 10, config)]
     assert masks[0] == 10
@@ -68,7 +69,7 @@ def test_a_block_length_that_does_not_divide_the_response_still_fills_it(model):
     assert (states[-1] < 256).all()
 
 
-def test_committed_bytes_never_change(model):
+def test_unmasked_bytes_never_change(model):
     states = collect_steps(model, b"abc", 12, settings(inference_steps=6))
     for before, after in itertools.pairwise(states):
         fixed = before != main.MASK
@@ -88,7 +89,6 @@ def test_every_option_changes_the_result(model):
     base = settings(temperature=1.0, inference_steps=6)
     reference = main.run_conditional_diffusion_inference(model, b"", 12, base)
     changes = {"temperature": 0.0, "inference_steps": 2, "remasking": "random", "block_length": 3, "top_p": 0.5}
-    changes |= {"commit_schedule": "cosine", "remask_share": 0.5}
     for name, value in changes.items():
         changed = dataclasses.replace(base, **{name: value})
         assert main.run_conditional_diffusion_inference(model, b"", 12, changed) != reference, name
@@ -163,16 +163,35 @@ def test_predictions_that_are_not_numbers_still_end(model):
     with torch.no_grad():
         model.output.weight.fill_(torch.nan)
     for strategy in main.STRATEGIES:
-        main.fill_masks(model, [[65, *[main.MASK] * 5]], settings(remasking=strategy))
+        fill(model, [[65, *[main.MASK] * 5]], settings(remasking=strategy))
 
 
-def test_texts_may_be_bytes_and_without_any_mask(model):
-    assert main.fill_masks(model, [], settings()) == []
-    assert main.fill_masks(model, [b"abc", [97, main.MASK]], settings())[0] == b"abc"
+def test_prompts_may_be_text_bytes_or_numbers_alone_or_in_a_batch(model):
+    config = settings()
+    alone = main.run_conditional_diffusion_inference(model, "abc", 3, config)
+    assert alone.startswith("abc")
+    for prompt in (b"abc", [97, 98, 99], (97, 98, 99), torch.tensor([97, 98, 99])):
+        assert main.run_conditional_diffusion_inference(model, prompt, 3, config) == alone
+    assert main.run_conditional_diffusion_inference(model, ["abc"], 3, config) == [alone]
+    assert main.run_conditional_diffusion_inference(model, [97, 98, 99, *[main.MASK] * 3], 0, config) == alone
+    assert main.run_conditional_diffusion_inference(model, [], 3, config) == []
+    assert main.run_conditional_diffusion_inference(model, [b"abc", [97, main.MASK]], 0, config)[0] == "abc"
+    for wrong in ([300], [main.PAD], [-1]):
+        with pytest.raises(main.InputError, match="made of bytes"):
+            main.run_conditional_diffusion_inference(model, wrong, 3, config)
 
 
 def test_a_word_of_two_bytes_is_shown_as_it_is_and_masks_as_dots():
     assert main.show_masks([*"ñ".encode(), main.MASK, 27, main.PAD]) == "ñ·\ufffd"
+
+
+@pytest.mark.parametrize(
+    "masks, block_length, asked",
+    [(122, 16, 4), (64, 16, 10), (64, 16, 64), (64, 16, 1), (100, 7, 33), ("holes", 16, 16), ("holes", 16, 5)],
+)
+def test_as_many_passes_are_made_as_were_asked_for(model, masks, block_length, asked):
+    text = [65] + [main.MASK] * masks if masks != "holes" else [*[main.MASK] * 8, *[65] * 100, *[main.MASK] * 8]
+    assert len(count_passes(model, text, settings(inference_steps=asked, block_length=block_length))) == asked
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -183,7 +202,9 @@ def test_the_mode_of_the_model_is_restored(model, training):
 
 
 def test_a_text_beyond_the_buffer_is_refused_in_one_line_with_the_sizes(model):
-    with pytest.raises(main.InputError, match=r"prompt \(5\).*response_length \(9000\).*rope_max_length_buffer=4096"):
+    with pytest.raises(
+        main.InputError, match=r"prompt and suffix \(5 bytes\).*response_length \(9000\).*rope_max_length_buffer=4096"
+    ):
         main.run_conditional_diffusion_inference(model, b"hello", 9000, settings())
     with pytest.raises(main.InputError, match="response_length=-1"):
         main.run_conditional_diffusion_inference(model, b"hello", -1, settings())
@@ -195,26 +216,35 @@ def naive_sampler(model, text, config, seed=0):
     x = list(text)
     given = [i for i, token in enumerate(x) if token != main.MASK]
     holes = [i for i, token in enumerate(x) if token == main.MASK]
-    block_length = config.block_length or holes[-1] + 1 - holes[0]
+    span = holes[-1] + 1 - holes[0]
+    block_length = config.block_length or span
+    if config.inference_steps:
+        block_length = max(block_length, math.ceil(span / config.inference_steps))
+    blocks = [
+        [i for i in holes if start <= i < start + block_length]
+        for start in range(holes[0], holes[-1] + 1, block_length)
+    ]
+    widths = [min(block_length, holes[-1] + 1 - start) for start in range(holes[0], holes[-1] + 1, block_length)]
     starts = list(range(holes[0], holes[-1] + 1, block_length))
-    steps = max(1, config.inference_steps // len(starts)) if config.inference_steps else block_length
-    for start in starts:
-        stop = min(start + block_length, holes[-1] + 1)
-        block_holes = [i for i in holes if start <= i < stop]
-        sureness, step = {}, 0
+    plan = [[start, width, masks, 1] for start, width, masks in zip(starts, widths, blocks, strict=True) if masks]
+    wanted = min(config.inference_steps or len(holes), len(holes))
+    while sum(block[3] for block in plan) < wanted:
+        max(plan, key=lambda block: len(block[2]) / block[3])[3] += 1
+    for start, width, block_holes, passes in plan:
+        noise, step = None, 0
         while any(x[i] == main.MASK for i in block_holes):
-            step += 1
             logits = model(torch.tensor([x]))[0]
             if config.guidance_scale:
                 blind = [main.MASK if i in given else token for i, token in enumerate(x)]
                 blind_logits = model(torch.tensor([blind]))[0]
                 logits = blind_logits + (config.guidance_scale + 1) * (logits - blind_logits)
-            uniform = torch.rand(stop - start, 4, generator=generator, dtype=torch.float64)
+            if step % 16 == 0:
+                noise = torch.rand(16, width, 2, generator=generator, dtype=torch.float64)
             masked = [i for i in block_holes if x[i] == main.MASK]
             scores, chosen = {}, {}
             for i in masked:
                 probs = logits[i].softmax(-1)
-                noise = uniform[i - start].tolist()
+                for_byte, for_order = noise[step % 16, i - start].tolist()
                 chosen[i] = probs.argmax().item()
                 if config.temperature:
                     heated = (logits[i] / config.temperature).softmax(-1).tolist()
@@ -224,35 +254,23 @@ def naive_sampler(model, text, config, seed=0):
                             break
                         allowed.add(byte)
                         total += heated[byte]
-                    left = noise[0] * total
+                    left = for_byte * total
                     for byte in sorted(allowed):
                         left -= heated[byte]
                         if left < 0:
                             chosen[i] = byte
                             break
-                sureness[i] = probs[chosen[i]].item()
                 ordered = sorted(probs.tolist(), reverse=True)
                 entropy = -sum(p * math.log(p) for p in ordered if p > 0)
                 scores[i] = {
-                    "random": noise[1],
-                    "low_confidence": sureness[i],
-                    "threshold": sureness[i],
+                    "random": for_order,
+                    "low_confidence": probs[chosen[i]].item(),
+                    "threshold": probs[chosen[i]].item(),
                     "margin": ordered[0] - ordered[1],
                     "entropy": -entropy,
                     "entropy_bound": -entropy,
                 }[config.remasking]
             ranking = sorted(masked, key=lambda i: -scores[i])
-            if config.commit_schedule == "cosine":
-                target = math.floor(len(block_holes) * math.cos(math.pi / 2 * min(step, steps) / steps))
-            else:
-                per_step, extra = divmod(len(block_holes), steps)
-                target = len(block_holes) - sum(per_step + (s < extra) for s in range(min(step, steps)))
-            again = []
-            if config.remask_share:
-                committed = [i for i in block_holes if x[i] != main.MASK]
-                number = min(int(config.remask_share * len(committed) + uniform[0, 2].item()), target)
-                key = {i: -sureness[i] - math.log(-math.log(uniform[i - start, 3].item())) for i in committed}
-                again = sorted(committed, key=lambda i: -key[i])[:number]
             if config.remasking == "threshold":
                 number = max(1, sum(scores[i] >= config.confidence_threshold for i in masked))
             elif config.remasking == "entropy_bound":
@@ -262,27 +280,22 @@ def naive_sampler(model, text, config, seed=0):
                     if sum(entropies) - max(entropies) > config.entropy_bound:
                         break
                     number += 1
-            else:
-                number = max(1, len(masked) + len(again) - target)
-            for i in again:
-                x[i] = main.MASK
+            else:  # LLaDA's quota: equal parts, the remainder on the first passes
+                per_pass, extra = divmod(len(block_holes), passes)
+                number = per_pass + (step < extra)
             for i in ranking[:number]:
                 x[i] = chosen[i]
+            step += 1
     return bytes(x)
 
 
 def random_settings(rng, strategy=None, **overrides):
-    """Any combination of sampling options that is not refused."""
-    strategy = strategy or rng.choice(main.STRATEGIES)
-    counted = strategy not in ("threshold", "entropy_bound")
-    temperature = rng.choice([0.0, 0.5, 1.0])
+    """Any combination of sampling options."""
     return settings(
-        remasking=strategy,
-        temperature=temperature,
-        top_p=rng.choice([1.0, 0.6]) if temperature else 1.0,
+        remasking=strategy or rng.choice(main.STRATEGIES),
+        temperature=rng.choice([0.0, 0.5, 1.0]),
+        top_p=rng.choice([1.0, 0.6]),
         inference_steps=rng.randrange(20),
-        commit_schedule=rng.choice(["linear", "cosine"]) if counted else "linear",
-        remask_share=rng.choice([0.0, 0.3]) if counted else 0.0,
         guidance_scale=rng.choice([0.0, 1.5]),
         confidence_threshold=rng.choice([0.05, 0.3, 0.9]),
         entropy_bound=rng.choice([0.0, 2.0, 12.0]),
@@ -305,7 +318,7 @@ def test_every_strategy_with_every_option_does_what_a_naive_loop_does(model, str
     rng = random.Random(strategy)
     for number in range(25):
         config, text = random_settings(rng, strategy), random_text(rng)
-        (filled,) = main.fill_masks(model, [text], config, seed=number)
+        (filled,) = fill(model, [text], config, seed=number)
         assert filled == naive_sampler(model, text, config, seed=number), config
 
 
@@ -321,7 +334,7 @@ def test_given_bytes_stay_in_any_combination_of_options_and_all_masks_go(model):
                 assert len(row) == len(text)
                 assert all(token == wanted for token, wanted in zip(row, text) if wanted != main.MASK)
 
-        for filled, text in zip(main.fill_masks(model, texts, config, on_step=check), texts, strict=True):
+        for filled, text in zip(fill(model, texts, config, on_step=check), texts, strict=True):
             assert all(token == wanted for token, wanted in zip(filled, text, strict=True) if wanted != main.MASK)
 
 
@@ -332,70 +345,76 @@ def test_prompts_of_different_lengths_in_a_batch_come_out_as_one_by_one(model):
         config = random_settings(rng, cache_refresh=rng.choice([0, 1, 3]))
         config = dataclasses.replace(config, guidance_scale=0.0)
         texts = [[*prompt, *[main.MASK] * 11] for prompt in prompts]
-        together = main.fill_masks(model, texts, config, seed=5)
-        alone = [main.fill_masks(model, [text], config, seed=5 + i)[0] for i, text in enumerate(texts)]
+        together = fill(model, texts, config, seed=5)
+        alone = [fill(model, [text], config, seed=5 + i)[0] for i, text in enumerate(texts)]
         assert together == alone, config
+
+
+SPANS = [slice(0, 6), slice(5, 12), slice(9, 20), slice(0, 20), slice(7, 8)]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("conv_width, attention", [(0, "mla"), (1, "simplified_mla"), (5, "mha"), (5, "mla")])
-@pytest.mark.parametrize("window", [slice(0, 6), slice(5, 12), slice(9, 20), slice(0, 20)])
-def test_a_block_computed_from_the_latent_cache_has_the_logits_of_the_whole_pass(conv_width, attention, window):
+@pytest.mark.parametrize("span", SPANS)
+def test_a_span_computed_with_the_cache_has_the_logits_of_the_whole_pass(conv_width, attention, span):
     model = random_model(settings(conv_width=conv_width, attention=attention))
     tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
     tokens[1, :3] = main.PAD
-    attention_mask = tokens != main.PAD
-    caches = model.latent_caches(window)
-    whole = model.hidden(tokens, attention_mask, caches)
+    attention_mask, cache = tokens != main.PAD, main.PositionCache()
+    cache.span = slice(0, 20)
+    whole = model.hidden(tokens, attention_mask, cache)
     torch.testing.assert_close(whole, model.hidden(tokens, attention_mask), rtol=0, atol=0)
-    block = model.hidden(tokens, attention_mask, caches)
-    assert block.shape[1] == window.stop - window.start
-    rows = attention_mask[:, window]
-    torch.testing.assert_close(block[rows], whole[:, window][rows], rtol=1e-4, atol=1e-5)
-    tokens[:, window] = main.MASK  # what changes inside the window is seen at once, by the first layer exactly
-    changed = model.hidden(tokens, attention_mask, caches)
-    assert not torch.allclose(changed, block)
+    cache.span = span
+    part = model.hidden(tokens, attention_mask, cache)
+    assert part.shape[1] == span.stop - span.start
+    rows = attention_mask[:, span]
+    torch.testing.assert_close(part[rows], whole[:, span][rows], rtol=1e-4, atol=1e-5)
+    tokens[:, span] = main.MASK  # what changes inside the span is seen at once, by the first layer exactly
+    assert not torch.allclose(model.hidden(tokens, attention_mask, cache), part)
 
 
 @torch.no_grad()
-def test_between_refreshes_one_layer_is_exact_whatever_changes_in_the_block():
-    """The latents of one layer outside the block depend on the block by way of the convolution alone."""
-    config = settings(num_layers=1, conv_width=0)
-    model = random_model(config)
+def test_one_layer_is_exact_whatever_changes_in_the_span():
+    """Keys and values of one layer outside the span depend on the span by way of the convolution alone."""
+    model = random_model(settings(num_layers=1, conv_width=0))
     tokens = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(0))
-    caches = model.latent_caches(slice(4, 9))
-    model.hidden(tokens, None, caches)
-    tokens[:, 4:9] = main.MASK
+    cache = main.PositionCache()
+    cache.span = slice(0, 20)
+    model.hidden(tokens, None, cache)
+    tokens[:, 4:9], cache.span = main.MASK, slice(4, 9)
     expected = model.hidden(tokens)[:, 4:9]
-    torch.testing.assert_close(model.hidden(tokens, None, caches), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.hidden(tokens, None, cache), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["simplified_mla", "mla", "mha"])
-def test_the_cache_refreshed_at_every_step_is_no_cache_to_the_bit(attention, monkeypatch):
-    """Logits too, and for each block and layer; a cache that is refreshed more seldom is no such thing."""
-    model = random_model(settings(attention=attention))
-    text = [*b"ab", *[main.MASK] * 12, *b"c"]
+def test_each_pass_over_the_whole_sequence_is_what_a_sampler_without_a_cache_sees(attention, monkeypatch):
+    """With cache_refresh=1 every pass, to the bit; with 3 the passes 0, 3, 6, ...; with 0 the first one."""
+    model, text = random_model(settings(attention=attention)), [*b"ab", *[main.MASK] * 12, *b"c"]
 
-    def sample(cache_refresh):
+    def logits_of_passes(cache_refresh):
         config, seen = settings(temperature=1.0, block_length=4, cache_refresh=cache_refresh), []
-        hook = model.output.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits))
-        main.fill_masks(model, [text], config, on_step=lambda canvas: seen.append(canvas.clone()))
-        hook.remove()
-        return seen
+        original = main.predict_block
 
-    def differ(one, two):
-        return any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        def note(model, x, block, *options):
+            seen.append((model(x)[:, block], original(model, x, block, *options)))
+            return seen[-1][1]
 
-    cached, seldom = sample(1), sample(3)
-    monkeypatch.setattr(model, "latent_caches", lambda window: None)
-    assert not differ(cached, sample(1))
-    assert differ(cached, seldom)
+        with monkeypatch.context() as patch:
+            patch.setattr(main, "predict_block", note)
+            fill(model, [text], config)
+        return [torch.equal(expected, logits) for expected, logits in seen]
+
+    assert logits_of_passes(1) == [True] * 12
+    assert all(logits_of_passes(3)[::3])
+    assert not all(logits_of_passes(3))
+    assert logits_of_passes(0)[0]
+    assert not all(logits_of_passes(0))
 
 
 def count_passes(model, text, config):
     sizes = []
     handle = model.layers[0].register_forward_pre_hook(lambda _, arguments: sizes.append(arguments[0].shape[1]))
-    main.fill_masks(model, [text], config)
+    fill(model, [text], config)
     handle.remove()
     return sizes
 
@@ -414,13 +433,11 @@ class CountWaits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("strategy", main.STRATEGIES)
-def test_a_step_waits_for_the_device_once_to_see_whether_masks_are_left(model, strategy):
-    counted = strategy not in ("threshold", "entropy_bound")
-    options = {"commit_schedule": "cosine", "remask_share": 0.3} if counted else {"entropy_bound": 0.0}
-    options |= {"top_p": 0.9, "guidance_scale": 1.0, "confidence_threshold": 1.0, "cache_refresh": 3}
-    config, seen = settings(remasking=strategy, inference_steps=12, **options), []
+def test_a_pass_waits_for_the_device_once_to_see_whether_masks_are_left(model, strategy):
+    options = {"entropy_bound": 0.0, "top_p": 0.9, "guidance_scale": 1.0, "confidence_threshold": 1.0}
+    config, seen = settings(remasking=strategy, inference_steps=12, cache_refresh=3, **options), []
     with CountWaits() as counter:
-        main.fill_masks(model, [[65, *[main.MASK] * 12]], config, on_step=lambda _: seen.append(counter.waits))
+        fill(model, [[65, *[main.MASK] * 12]], config, on_step=lambda _: seen.append(counter.waits))
     assert [after - before for before, after in itertools.pairwise(seen[1:])] == [1] * 11
 
 
@@ -428,25 +445,9 @@ def test_with_a_cache_most_passes_compute_the_block_alone(model):
     text = [*b"abcd", *[main.MASK] * 12]
     options = {"inference_steps": 12, "block_length": 6}
     assert count_passes(model, text, settings(**options)) == [16] * 12
-    assert count_passes(model, text, settings(**options, cache_refresh=0)) == [16, *[6] * 5] * 2
+    once = [16, *[6] * 5, 12, *[6] * 5]  # a block begins with a pass over the one before, too
+    assert count_passes(model, text, settings(**options, cache_refresh=0)) == once
     assert count_passes(model, text, settings(**options, cache_refresh=3)) == [16, 6, 6] * 4
-
-
-def test_remasking_corrects_bytes_and_still_ends_in_the_same_number_of_steps(model):
-    text = [*b"ab", *[main.MASK] * 12]
-    config = settings(inference_steps=6, remask_share=0.5, temperature=1.0)
-    states = []
-    main.fill_masks(model, [text], config, on_step=lambda canvas: states.append(canvas[0].clone()))
-    assert [int((s == main.MASK).sum()) for s in states] == [12, 10, 8, 6, 4, 2, 0]
-    hidden_again = [int(((a != main.MASK) & (b == main.MASK)).sum()) for a, b in itertools.pairwise(states)]
-    assert sum(hidden_again) >= 3
-    assert hidden_again[-1] == 0
-
-
-def test_the_cosine_schedule_begins_slowly():
-    assert [main.masks_left(torch.tensor([16]), step, 4, "cosine").item() for step in (1, 2, 3, 4)] == [14, 11, 6, 0]
-    linear = [main.masks_left(torch.tensor([10, 3]), step, 4, "linear").tolist() for step in (1, 2, 3, 4)]
-    assert linear == [[7, 2], [4, 1], [2, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("options", [{"remasking": "random"}, {"remasking": "margin"}, {"block_length": 1}])
@@ -454,7 +455,7 @@ def test_one_commit_per_step_samples_the_joint_distribution_of_a_perfect_model(o
     """Chi-square test, 7 degrees of freedom: 24.3 is the 0.1 % point."""
     model, number = KnownJoint(), 4000
     config = settings(temperature=1.0, inference_steps=3, **options)
-    filled = main.fill_masks(model, [[main.MASK] * 3] * number, config)
+    filled = fill(model, [[main.MASK] * 3] * number, config)
     counts = torch.zeros(2, 2, 2)
     for a, b, c in filled:
         counts[a, b, c] += 1
@@ -462,7 +463,7 @@ def test_one_commit_per_step_samples_the_joint_distribution_of_a_perfect_model(o
     assert ((counts - expected) ** 2 / expected).sum() < 24.3
     config.inference_steps = 1  # all at once: the bytes do not know of each other, the same test must fail
     counts.zero_()
-    for a, b, c in main.fill_masks(model, [[main.MASK] * 3] * number, config):
+    for a, b, c in fill(model, [[main.MASK] * 3] * number, config):
         counts[a, b, c] += 1
     assert ((counts - expected) ** 2 / expected).sum() > 24.3 or config.block_length == 1
 
@@ -470,10 +471,7 @@ def test_one_commit_per_step_samples_the_joint_distribution_of_a_perfect_model(o
 @pytest.mark.parametrize(
     "options, named",
     [
-        ({"top_p": 0.5, "temperature": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
-        ({"remasking": "threshold", "remask_share": 0.1}, "remask_share"),
-        ({"remasking": "entropy_bound", "commit_schedule": "cosine"}, "commit_schedule"),
         ({"cache_refresh": -1}, "cache_refresh"),
         ({"confidence_threshold": 0.0}, "confidence_threshold"),
     ],
@@ -489,11 +487,6 @@ def test_guidance_without_any_given_byte_is_refused(model):
         main.run_conditional_diffusion_inference(model, b"", 4, settings(guidance_scale=1.0))
 
 
-def test_the_commit_order_is_black_then_white_then_grey(model):
-    canvases = [torch.tensor([7, main.MASK, main.MASK]), torch.tensor([7, 8, main.MASK]), torch.tensor([7, 8, 9])]
-    assert main.commit_order(canvases).tolist() == [[96, 255, 0], [96, 96, 255]]
-
-
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -506,7 +499,7 @@ def test_watching_redraws_in_place_and_marks_fresh_bytes(monkeypatch, no_color):
         monkeypatch.setenv("NO_COLOR", "1")
     screen = Terminal()
     monkeypatch.setattr("sys.stdout", screen)
-    view = main.CanvasView()
+    view = main.SequenceView()
     view(torch.tensor([[65, main.MASK, 27, main.PAD]]))
     view(torch.tensor([[65, 66, 27, main.PAD]]))
     first, second = screen.getvalue().split("\x1b[H\x1b[2J")[1:]
@@ -520,5 +513,5 @@ def test_watching_redraws_in_place_and_marks_fresh_bytes(monkeypatch, no_color):
 
 
 def test_watching_shows_nothing_where_the_output_is_no_terminal(capsys):
-    main.CanvasView()(torch.tensor([[65, main.MASK]]))
+    main.SequenceView()(torch.tensor([[65, main.MASK]]))
     assert capsys.readouterr().out == ""

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,8 +40,7 @@ def test_the_averaged_weights_follow_the_exponential_moving_average(config):
     history = [state.model.output.weight.detach().clone()]
     for _ in range(5):
         main.masked_diffusion_loss(state.model, torch.randint(0, 256, (4, 16))).backward()
-        main.optimizer_step(state, 1.0)
-        state.step += 1
+        main.optimizer_step(state)
         history.append(state.model.output.weight.detach().clone())
     expected = history[0]
     for step, weight in enumerate(history[1:]):
@@ -56,8 +56,7 @@ def test_gradients_are_clipped_to_the_given_norm(config):
     state.optimizers[0].register_step_pre_hook(
         lambda *_: seen.append(torch.stack([p.grad.norm() for p in state.model.parameters()]).norm().item())
     )
-    norms = main.optimizer_step(state, 1.0)
-    assert norms["all"].item() > 1e-3
+    assert main.optimizer_step(state).item() > 1e-3
     assert seen == [pytest.approx(1e-3, rel=1e-3)]
 
 
@@ -111,25 +110,12 @@ def test_the_partial_last_chunk_counts_by_its_bytes(tmp_path):
 
 def test_a_part_of_the_validation_text_is_spread_over_all_of_it(model, text_folder, monkeypatch):
     dataset = validation_set(text_folder)
-    asked = []
-    original = dataset.__getitems__
-    monkeypatch.setattr(
-        main.ByteLevelTextDataset, "__getitems__", lambda self, rows: asked.extend(rows) or original(rows)
-    )
+    asked, original = [], dataset.read
+    monkeypatch.setattr(dataset, "read", lambda starts: asked.extend(starts) or original(starts))
     main.estimate_nelbo(model, dataset, max_bytes=5 * 16)
     assert len(asked) == 5
     assert asked[0] == 0
-    assert asked[-1] >= len(dataset) * 3 // 4
-
-
-def test_gradient_norms_of_the_groups_make_up_the_norm_of_all(model):
-    main.masked_diffusion_loss(model, torch.randint(0, 256, (4, 16))).backward()
-    norms = main.norms_by_group(model, lambda parameter: parameter.grad)
-    assert set(norms) == {"embedding", "layer_0", "layer_1", "head", "all"}
-    expected = sum(p.grad.double().square().sum() for p in model.parameters()).sqrt()
-    assert norms["all"].item() == pytest.approx(expected.item(), rel=1e-5)
-    layer = sum(p.grad.double().square().sum() for p in model.layers[1].parameters()).sqrt()
-    assert norms["layer_1"].item() == pytest.approx(layer.item(), rel=1e-5)
+    assert asked[-1] >= len(dataset) * 16 * 3 // 4
 
 
 def test_a_run_writes_what_the_readme_promises(text_folder):
@@ -137,28 +123,21 @@ def test_a_run_writes_what_the_readme_promises(text_folder):
     assert run_dir.name.startswith("diffusion_")
     assert {"latest.pt", "best.pt", "config.json", "samples.txt"} < {p.name for p in run_dir.iterdir()}
     scalars = read_scalars(run_dir)
-    tens = [f"val_{kind}_by_mask_ratio/to_{end:03d}_percent" for kind in ("bits", "hits") for end in range(10, 101, 10)]
-    groups = [
-        f"{kind}_norm/{name}" for kind in ("train_gradient", "weight") for name in ("embedding", "head", "layer_0")
-    ]
-    assert set(scalars) >= {
+    tens = {f"val_{kind}_by_mask_ratio/to_{n:03d}_percent" for kind in ("bits", "accuracy") for n in range(10, 101, 10)}
+    assert set(scalars) == {
         *("train/loss", "train/bits_per_byte", "train/learning_rate", "train/gradient_norm", "train/bytes_per_second"),
-        *("val/bits_per_byte", "val/best_bits_per_byte", "val/final_bits_per_byte", *tens, *groups),
+        *("val/bits_per_byte", "val/best_bits_per_byte", "val/final_bits_per_byte", *tens),
     }
     assert sorted(scalars["train/loss"]) == [10, 20, 30]
-    by_bytes = read_scalars(run_dir / "vs_bytes")
-    seen = {step * 8 * 16: value for step, value in scalars["train/loss"].items()}
-    assert by_bytes["vs_bytes/loss"] == seen
-    assert by_bytes["vs_bytes/bits_per_byte"] == {step * 128: v for step, v in scalars["val/bits_per_byte"].items()}
     assert sorted(scalars["val/bits_per_byte"]) == [10, 20, 30]
     assert sorted(scalars["train/bits_per_byte"]) == [10, 20, 30]
     events = read_events(run_dir)
-    assert {"samples/text_summary", "config/text_summary", "custom_scalars__config__"} <= set(events.Tags()["tensors"])
+    texts = {"samples/text_summary", "settings/text_summary", "custom_scalars__config__"}
+    assert texts <= set(events.Tags()["tensors"])
     assert set(events.PluginTagToContent("hparams")) > {"_hparams_/experiment", "_hparams_/session_start_info"}
-    assert {"val_commit_order", "val_bits_by_mask_ratio"} <= set(events.Tags()["images"])
     assert str(run_dir.resolve()) in console
     assert "tensorboard --logdir=" in console
-    for word in ("cpu", "fp32", "parameters", "bytes each", "epochs", "duration"):
+    for word in ("cpu", "fp32", "parameters", "bytes", "times the training text", "left"):
         assert word in console
     assert "\r" not in console
     assert "\x1b" not in console
@@ -174,6 +153,58 @@ def test_a_model_learns_a_simple_text(text_folder):
     assert text == "the quick brown "
 
 
+def test_validation_measures_and_samples_the_ema_weights_by_the_one_door_to_the_sampler(text_folder, monkeypatch):
+    """Not the weights that are trained: with a slow EMA the two are far apart."""
+    states, sampled, measured = [], [], []
+    original_validate, original_sampler, original_measure = (
+        getattr(main, name) for name in ("validate", "run_conditional_diffusion_inference", "measure_chunks")
+    )
+
+    def validate(state, *options):
+        states.append(state)
+        original_validate(state, *options)
+
+    def sampler(model, *options, **more):
+        sampled.append(model)
+        return original_sampler(model, *options, **more)
+
+    def measure(model, *options):
+        measured.append(model)
+        return original_measure(model, *options)
+
+    for name, function in (
+        ("validate", validate),
+        ("run_conditional_diffusion_inference", sampler),
+        ("measure_chunks", measure),
+    ):
+        monkeypatch.setattr(main, name, function)
+    run_dir, console = train_tiny(text_folder, "--max_steps=4", "--ema_decay=0.5")
+    (state,) = states
+    assert not torch.equal(state.ema.output.weight, state.model.output.weight)
+    assert [model is state.ema for model in sampled] == [True]
+    assert [model is state.ema for model in measured] == [True] * 3  # training text, validation text, at the end whole
+    events = read_events(run_dir)
+    (samples,) = events.Tensors("samples/text_summary")
+    text = samples.tensor_proto.string_val[0].decode()
+    shown = re.findall(r"(?:prompt|model|truth)\n\n {4}(.*)\n", text)
+    assert len(shown) == 3
+    assert f"prompt  {shown[0]!r}" in console
+    assert f"model   {shown[1]!r}" in console
+
+
+def test_a_model_of_a_text_that_is_half_spaces_does_not_answer_with_spaces_alone(tmp_path):
+    line = b"          name        value             42        \n        alpha       beta     \n"
+    (tmp_path / "train.txt").write_bytes(line * 60)
+    (tmp_path / "validation.txt").write_bytes(line * 4)
+    run_dir, _ = train_tiny(tmp_path, "--max_steps=300", "--max_length=64", "--batch_size=16")
+    model, config, _ = main.load_checkpoint(run_dir, device="cpu")
+    config = main.dataclasses.replace(config, inference_steps=0)
+    samples = main.run_conditional_diffusion_inference(model, [""] * 16, 64, config)
+    spaces = sum(sample.count(" ") for sample in samples) / (16 * 64)
+    truth = line.count(b" ") / len(line)
+    assert 0.6 * truth < spaces < 1.25 * truth
+
+
 def test_load_checkpoint_gives_the_averaged_weights_in_eval_mode(text_folder):
     run_dir, _ = train_tiny(text_folder, "--max_steps=12", "--ema_decay=0.5")
     model, config, state = main.load_checkpoint(run_dir / "latest.pt", device="cpu")
@@ -184,9 +215,7 @@ def test_load_checkpoint_gives_the_averaged_weights_in_eval_mode(text_folder):
     assert not torch.equal(model.output.weight, state["model"]["output.weight"])
 
 
-@pytest.mark.parametrize(
-    "extra", [[], ["--gradient_accumulation_steps=2", "--dropout=0.2", "--random_length_prob=0.4"]]
-)
+@pytest.mark.parametrize("extra", [[], ["--gradient_accumulation_steps=2", "--dropout=0.2"]])
 def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_unbroken_one(text_folder, monkeypatch, extra):
     monkeypatch.chdir(text_folder)
     flags = [*TINY_FLAGS, "--max_steps=20", "--warmup_steps=2", "--checkpoint_every=10", "--num_samples=0", *extra]
@@ -195,7 +224,7 @@ def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_unbroken_one(text_fo
     with monkeypatch.context() as patch:
         original = main.optimizer_step
         calls = iter(range(100))
-        patch.setattr(main, "optimizer_step", lambda *given: original(*given) if next(calls) < 13 else 1 / 0)
+        patch.setattr(main, "optimizer_step", lambda state: original(state) if next(calls) < 13 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main.main([*flags, "--name=part"])
     whole, part = (next(text_folder.glob(f"runs/{name}_*")) for name in ("whole", "part"))
@@ -207,10 +236,9 @@ def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_unbroken_one(text_fo
     for weights in ("model", "ema"):
         for name, tensor in one[weights].items():
             assert torch.equal(tensor, two[weights][name]), (weights, name)
-    for folder in ("", "vs_bytes"):
-        logged = [read_scalars(run / folder) for run in (whole, part)]
-        for tag in logged[0].keys() - {"train/bytes_per_second"}:
-            assert logged[0][tag] == pytest.approx(logged[1][tag], nan_ok=True), tag
+    logged = [read_scalars(run) for run in (whole, part)]
+    for tag in logged[0].keys() - {"train/bytes_per_second"}:
+        assert logged[0][tag] == pytest.approx(logged[1][tag], nan_ok=True), tag
 
 
 def test_resume_auto_takes_the_newest_run_and_a_raised_max_steps(text_folder):
@@ -220,6 +248,23 @@ def test_resume_auto_takes_the_newest_run_and_a_raised_max_steps(text_folder):
     assert done.returncode == 0, done.stderr
     assert main.read_checkpoint(newest / "latest.pt")["step"] == 8
     assert len(list((text_folder / "runs").iterdir())) == 2
+
+
+def test_a_finished_run_is_not_validated_or_saved_again(text_folder, monkeypatch, capsys):
+    monkeypatch.chdir(text_folder)
+    run_dir, _ = train_tiny(text_folder, "--max_steps=4", "--validate_every=2")
+    before = {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+    assert main.main(["--resume", "auto"]) == 0
+    assert "ended at step 4" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+
+
+@pytest.mark.parametrize("flags", [["--max_steps=10"], ["--max_minutes=0.02", "--max_steps=100000"]])
+def test_no_step_is_validated_twice(text_folder, monkeypatch, flags):
+    steps, original = [], main.validate
+    monkeypatch.setattr(main, "validate", lambda state, *options: steps.append(state.step) or original(state, *options))
+    train_tiny(text_folder, *flags, "--validate_every=1", "--num_samples=0")
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_max_minutes_ends_a_run_in_order(text_folder):
@@ -282,7 +327,7 @@ def test_a_missing_compiler_is_one_warning_and_training_goes_on(text_folder):
 
 
 def test_compiled_training_computes_what_eager_training_computes(text_folder):
-    flags = ["--max_steps=6", "--log_every=1", "--random_length_prob=0.3"]
+    flags = ["--max_steps=6", "--log_every=1"]
     eager, _ = train_tiny(text_folder, *flags, "--compile=false")
     compiled, console = train_tiny(text_folder, *flags, "--compile=true")
     assert "warning" not in console
@@ -290,12 +335,13 @@ def test_compiled_training_computes_what_eager_training_computes(text_folder):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_two_processes_train_like_one(text_folder):
-    flags = ["--max_steps=6", "--log_every=1", "--random_length_prob=0.3", "--num_samples=1", "--inference_steps=2"]
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_two_processes_train_like_one(text_folder, compiled):
+    flags = ["--max_steps=6", "--log_every=1", "--num_samples=1", "--inference_steps=2"]
     one, _ = train_tiny(text_folder, *flags, "--batch_size=8", "--name=one")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "main.py")]
-        + [*TINY_FLAGS, *flags, "--batch_size=4", "--name=two"],
+        + [*TINY_FLAGS, *flags, "--batch_size=4", "--name=two", f"--compile={compiled}"],
         cwd=text_folder,
         capture_output=True,
         text=True,
@@ -303,12 +349,11 @@ def test_two_processes_train_like_one(text_folder):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in done.stdout
     (two,) = text_folder.glob("runs/two_*")
-    losses, bounds = zip(
-        *((s["train/loss"], s["val/bits_per_byte"]) for s in map(read_scalars, (one, two))), strict=True
-    )
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert bounds[0] == pytest.approx(bounds[1], rel=1e-4)
+    scalars = [read_scalars(run) for run in (one, two)]
+    for tag in ("train/loss", "train/gradient_norm", "val/bits_per_byte"):
+        assert scalars[0][tag] == pytest.approx(scalars[1][tag], rel=1e-4)
     assert done.stdout.count("device ") == 1
 
 
@@ -318,7 +363,7 @@ def test_damaged_and_foreign_checkpoints_are_one_line(tmp_path):
     with pytest.raises(main.InputError, match=r"latest\.pt: not a readable checkpoint"):
         main.load_checkpoint(path)
     torch.save({"hello": 1}, path)
-    with pytest.raises(main.InputError, match="a checkpoint of version None"):
+    with pytest.raises(main.InputError, match="it holds no CONFIG"):
         main.load_checkpoint(path)
     with pytest.raises(main.InputError, match="none"):
         main.load_checkpoint(tmp_path / "none.pt")
@@ -329,7 +374,7 @@ def test_a_malicious_checkpoint_does_not_run_code(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    torch.save({"version": main.CHECKPOINT_VERSION, "config": Evil()}, tmp_path / "evil.pt")
+    torch.save({"config": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(main.InputError):
         main.load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()
@@ -346,9 +391,6 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, config):
 
     monkeypatch.setattr(torch, "save", fail)
     assert not main.save_checkpoint(tmp_path, "latest.pt", state)
-    state.config.stop_if_unsaved = True
-    with pytest.raises(main.TrainingError, match="disk full"):
-        main.save_checkpoint(tmp_path, "latest.pt", state)
     monkeypatch.undo()
     assert not list(tmp_path.glob("*.tmp"))
     assert main.read_checkpoint(tmp_path / "latest.pt")["step"] == 0

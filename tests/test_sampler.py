@@ -255,10 +255,10 @@ def naive_sampler(model, text, config, seed=0):
                         allowed.add(byte)
                         total += heated[byte]
                     left = for_byte * total
-                    for byte in sorted(allowed):
+                    for byte in sorted(allowed, key=lambda byte: (-heated[byte] if config.top_p < 1 else byte, byte)):
                         left -= heated[byte]
+                        chosen[i] = byte
                         if left < 0:
-                            chosen[i] = byte
                             break
                 ordered = sorted(probs.tolist(), reverse=True)
                 entropy = -sum(p * math.log(p) for p in ordered if p > 0)
@@ -427,7 +427,8 @@ class CountWaits(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
         indices = arguments[1] if operation is torch.ops.aten.index.Tensor else []
         by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
-        waiting = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default
+        names = "_local_scalar_dense", "nonzero", "is_nonzero", "item"
+        waiting = [getattr(torch.ops.aten, name).default for name in names]
         self.waits += by_mask or operation in waiting
         return operation(*arguments, **(options or {}))
 

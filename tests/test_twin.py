@@ -38,7 +38,9 @@ def test_a_prediction_depends_on_all_earlier_bytes_and_on_no_other(attention):
     tokens = torch.randint(0, 256, (1, 9))
     other = tokens.clone()
     other[0, 4] = (other[0, 4] + 1) % 256
-    assert [bool((a != b).any()) for a, b in zip(model(tokens)[0], model(other)[0], strict=True)] == [False] * 5 + [True] * 4
+    assert [bool((a != b).any()) for a, b in zip(model(tokens)[0], model(other)[0], strict=True)] == [False] * 5 + [
+        True
+    ] * 4
 
 
 @torch.no_grad()
@@ -65,14 +67,16 @@ def test_it_samples_from_left_to_right_and_the_cache_changes_nothing(twin, twin_
 
 def test_what_makes_no_sense_from_left_to_right_is_refused(twin, twin_config):
     for prompt, suffix in (("a", "b"), ([main.MASK, 65], "")):
-        with pytest.raises(main.InputError, match="objective='autoregressive' is not possible: it must be diffusion to"):
+        with pytest.raises(
+            main.InputError, match="objective='autoregressive' is not possible: it must be diffusion to"
+        ):
             main.run_conditional_diffusion_inference(twin, prompt, 4, twin_config, suffix)
 
 
 def test_it_trains_resumes_evaluates_and_generates_by_one_flag(text_folder, monkeypatch, capsys):
     monkeypatch.chdir(text_folder)
     flags = [*TINY_FLAGS, "--objective=autoregressive", "--num_samples=1", "--max_steps=200", "--batch_size=16"]
-    run_dir, console = train_tiny(text_folder, *flags)
+    _, console = train_tiny(text_folder, *flags)
     assert "exact likelihood" in console
     assert "bound" not in console
     assert main.main(["--resume", "auto", "--max_steps=210"]) == 0

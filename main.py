@@ -27,6 +27,7 @@ import copy
 import dataclasses
 import difflib
 import gc
+import html
 import itertools
 import json
 import math
@@ -38,6 +39,7 @@ import stat
 import sys
 import sysconfig
 import time
+import unicodedata
 import warnings
 import zipfile
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
@@ -924,7 +926,9 @@ def exact_likelihood(model, x0, order="left_to_right", start=0):
     xt[:, start:] = MASK
     bits = torch.zeros(x0.shape, dtype=torch.double)
     with evaluation_mode(model):
-        for step in range(start, x0.shape[1]):
+        for step in tqdm(
+            range(start, x0.shape[1]), order, leave=False, disable=None
+        ):  # None: shown on a terminal alone
             log_probs = model(xt).log_softmax(dim=-1)
             positions = torch.full_like(rows, step)
             if order == "most_confident_first":
@@ -981,18 +985,18 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
     x0, rows = dataset.read(starts).to(device), []  # [num_chunks, L], without PAD
 
     def report(figure, kind, values, unit, about, lengths=None, text=None, is_far_off=False):
-        values = torch.as_tensor(values, dtype=torch.double).cpu().reshape(-1)
+        values = torch.as_tensor(values).cpu().double().reshape(-1)
         numbers = mean_over_bytes(values, torch.ones_like(values) if lengths is None else lengths)
         value, error = (None if math.isnan(number) else number for number in numbers)
         rows.append({"figure": figure, "kind": kind, "value": value, "standard_error": error, "unit": unit})
         rows[-1] |= {"about": about, "text": text, "is_far_off": bool(is_far_off)}
 
     def sample(prompts, response_length, **overrides):
-        steps, settings = [], dataclasses.replace(config, guidance_scale=0.0, **overrides)
-        run_conditional_diffusion_inference(
-            model, prompts, response_length, settings, seed=seed, on_step=lambda x: steps.append(x.clone())
-        )
-        return steps[-1]
+        settings = dataclasses.replace(config, guidance_scale=0.0, **overrides)
+        with closing(Progress()) as progress:
+            options = {"seed": seed, "on_step": progress}
+            run_conditional_diffusion_inference(model, prompts, response_length, settings, **options)
+        return progress.steps[-1]
 
     lengths, *measured = measure_chunks(model, dataset, seed=seed)
     if is_autoregressive(model):
@@ -1365,12 +1369,9 @@ class Log:
         self.state, self.config, self.run_dir, self.next_line, self.validating = state, state.config, run_dir, 0.0, 0.0
         self.writer = Writer(run_dir, state.step + 1)
         self.describe_run()
-        is_hidden, shape = (
-            rank() != 0 or not sys.stdout.isatty(),
-            "{desc} |{bar}|",
-        )  # narrow: cuts the bar, not the text
-        total = self.config.max_steps
-        self.bar = tqdm(total=total, initial=state.step, file=sys.stdout, disable=is_hidden, bar_format=shape)
+        is_hidden = rank() != 0 or not sys.stdout.isatty()
+        self.bar = tqdm(total=self.config.max_steps, initial=state.step, file=sys.stdout, disable=is_hidden)
+        self.bar.bar_format = "{desc} |{bar}|"  # a narrow terminal cuts the bar, not the text
         self.restart()
 
     def describe_run(self):
@@ -1452,16 +1453,17 @@ def show_samples(state, validation_set, log, report):
     starts = np.linspace(0, len(validation_set.bytes) - config.max_length, config.num_samples, dtype=np.int64)
     x0 = validation_set.read(starts).tolist()
     prompts, response_length = [row[:prompt_length] for row in x0], config.max_length - prompt_length
-    run_conditional_diffusion_inference(
-        state.ema, prompts, response_length, config, on_step=lambda x: steps.append(x.tolist())
-    )
-    for prompt, written, truth in zip(prompts, steps[-1], x0):
+    keep = {"on_step": lambda x: steps.append(x.clone())}
+    run_conditional_diffusion_inference(state.ema, prompts, response_length, config, **keep)
+    for prompt, written, truth in zip(prompts, steps[-1].tolist(), x0):
         texts = prompt, written[prompt_length:], truth[prompt_length:]
         for title, text in zip(("prompt", "model", "truth"), (bytes(text).decode(errors="replace") for text in texts)):
             say(f"    {title:<6}  {text!r}")
             report += as_code(title, text)
     for number in range(1, len(steps), math.ceil(len(steps) / 4)):
-        report += as_code(f"the first sample after {number} of {len(steps) - 1} passes", show_masks(steps[number][0]))
+        report += as_code(
+            f"the first sample after {number} of {len(steps) - 1} passes", show_masks(steps[number][0].tolist())
+        )
     log.writer.add_text("samples", report, state.step)
     with suppress(OSError), open(log.run_dir / "samples.txt", "a", encoding="utf-8") as file:  # a disk may be full
         file.write(report)
@@ -1491,44 +1493,85 @@ def printable(text):
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.decode(errors="replace"))
 
 
-class SequenceView:
-    """Shows sequences x [N, L] in place of those before: masks as dim dots, fresh bytes in bold green (plain where
-    NO_COLOR is set); where the output is no terminal, nothing."""
+class Progress:
+    """Keeps all steps of a sampler, sequences x [N, L], and shows the last on a terminal. If watched: in place of the
+    one before, masks as dim dots, fresh bytes in bold green; else a bar of the bytes that are unmasked."""
 
-    before = None
-
-    def close(self):
-        pass
+    def __init__(self, is_watched=False):
+        self.steps, self.bar, self.is_watched = [], None, is_watched and sys.stdout.isatty()
 
     def __call__(self, x):
-        if not sys.stdout.isatty():
-            return
-        was_masked = (x if self.before is None else self.before) == MASK
-        self.before = x.clone()
+        self.steps.append(x.clone())
+        if self.is_watched:
+            print("\x1b[H\x1b[2J" + self.draw(), end="", flush=True)
+        elif sys.stderr.isatty():
+            num_masks = int((x == MASK).sum())
+            self.bar = self.bar or tqdm(total=num_masks, unit=" bytes", leave=False)
+            self.bar.update(self.bar.total - num_masks - self.bar.n)
+
+    def draw(self):
+        was_masked, x, screen = self.steps[-2:][0] == MASK, self.steps[-1], ""
         dim, fresh, plain = ("", "", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[1;32m", "\x1b[0m")
-        screen = "\x1b[H\x1b[2J"
         for row in zip(x.tolist(), was_masked.tolist()):
             for (is_masked, is_fresh), group in itertools.groupby(zip(*row), lambda t: (t[0] == MASK, t[1])):
                 text = show_masks(token for token, _ in group)
                 screen += (dim if is_masked else fresh if is_fresh else plain) + text + plain
             screen += "\n"
-        print(screen, end="", flush=True)
-
-
-class MaskProgress:
-    """A progress bar of the masks that are gone, on the standard error; where that is no terminal, nothing."""
-
-    bar = None
-
-    def __call__(self, x):
-        if sys.stderr.isatty():
-            num_masks = int((x == MASK).sum())
-            self.bar = self.bar or tqdm(total=num_masks, unit=" bytes", leave=False)
-            self.bar.update(self.bar.total - num_masks - self.bar.n)
+        return screen
 
     def close(self):
         if self.bar is not None:
             self.bar.close()
+
+
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"><style>
+svg{{font:14px ui-monospace,Menlo,Consolas,monospace;color:#1f2328;fill:currentColor}}.m{{color:#8c959f}}
+@media(prefers-color-scheme:dark){{svg{{color:#e6edf3}}.m{{color:#6e7681}}}}
+g{{animation:{seconds}s step-end infinite}}
+{style}</style>
+{groups}
+</svg>
+"""
+
+
+def denoising_svg(steps, columns=72, seconds=12, max_frames=100):
+    """An animated picture of a sample's making, from the steps x [N, L] that a Progress kept: each character is a dot
+    until its last byte is unmasked. The animation is CSS, which plays within an <img>, in light and in dark mode."""
+    frames, line = {}, 0  # {frame: [(column, line, letter)]}; those of frame 0 were given
+    num_frames = min(len(steps) - 1, max_frames)
+    for number in range(len(steps[0])):
+        masked = (torch.stack([x[number] for x in steps]) == MASK).sum(dim=0)  # [L]: the pass that unmasked the byte
+        column, latest, decoder = 0, 0, codecs.getincrementaldecoder("utf-8")("replace")
+        for token, unmasked_in in zip(steps[-1][number].tolist(), masked.tolist()):
+            latest = max(latest, unmasked_in)
+            for letter in "" if token == PAD else decoder.decode(bytes([token])):
+                width = 1 + (unicodedata.east_asian_width(letter) in "WF")
+                if letter == "\n" or column + width > columns:
+                    column, line = 0, line + 1
+                if letter != "\n":
+                    frame = math.ceil(latest * num_frames / max(1, len(steps) - 1))
+                    frames.setdefault(frame, []).append((column, line, letter if letter.isprintable() else "\ufffd"))
+                    column += width
+                latest = 0
+        line += 2
+    style, groups = "", []
+    for frame, letters in sorted(frames.items()):
+        texts = "".join(as_svg_text(*letter) for letter in letters)
+        dots = "".join(as_svg_text(x, y, "·") for x, y, _ in letters)
+        if frame:
+            shown, plain = 85 * frame / num_frames, 85 * frame / num_frames + 4  # percent; green in between
+            style += (
+                f"@keyframes t{frame}{{0%{{opacity:0}}{shown:.1f}%{{fill:#2da44e}}{plain:.1f}%{{fill:currentColor}}}}\n"
+            )
+            style += f"@keyframes m{frame}{{0%{{opacity:1}}{shown:.1f}%,to{{opacity:0}}}}\n"
+            groups.append(f'<g class="m" style="animation-name:m{frame}">{dots}</g>')
+        groups.append(f'<g style="animation-name:t{frame}">{texts}</g>')
+    size = {"width": round(8.43 * columns) + 16, "height": 20 * (line - 1) + 12}
+    return SVG.format(**size, seconds=seconds, style=style, groups="\n".join(groups))
+
+
+def as_svg_text(column, line, letter):
+    return f'<text x="{8 + 8.43 * column:.0f}" y="{20 + 20 * line}">{html.escape(letter)}</text>'
 
 
 # === Devices and processes ============================================================================================
@@ -1751,48 +1794,59 @@ def resolve_defaults(config):
 
 
 STRATEGIES = ("random", "low_confidence", "margin", "entropy", "threshold", "entropy_bound")
-CHOICES = {
-    "objective": ("diffusion", "autoregressive"),
-    "remasking": STRATEGIES,
-    "attention": tuple(ATTENTIONS),
-    "amp_dtype": tuple(AMP_DTYPES),
+MAY_BE_0 = {
+    "conv_width",
+    "mask_ratio_std",
+    "muon_learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "max_minutes",
+    "dropout",
 }
-MAY_BE_0 = (
-    "seed conv_width mask_ratio_std muon_learning_rate weight_decay warmup_steps max_minutes entropy_bound dropout "
-)
-MAY_BE_0 += "temperature guidance_scale block_length cache_refresh num_samples inference_steps ema_decay"
+MAY_BE_0 |= {"temperature", "entropy_bound", "guidance_scale", "block_length", "cache_refresh", "inference_steps"}
+MAY_BE_0 |= {"num_samples", "ema_decay", "seed"}
+
+
+def one_of(*choices):
+    return lambda v, c: v in choices, "one of " + ", ".join(choices)
+
+
 CHECKS = {  # field: (what holds for its value v and CONFIG c, what the field must be)
-    "dropout": (lambda v, c: v < 1, "at least 0 and below 1"),
-    "ema_decay": (lambda v, c: v < 1, "at least 0 and below 1"),
     "num_heads": (lambda v, c: c.model_dim % (2 * v) == 0, "so that model_dim={c.model_dim} / num_heads is even"),
     "max_length": (
         lambda v, c: v <= c.rope_max_length_buffer,
         "at most rope_max_length_buffer={c.rope_max_length_buffer}",
     ),
     "conv_width": (lambda v, c: v % 2 or not v, "odd, to be centred, or 0"),
+    "qk_rope_head_dim": (
+        lambda v, c: c.attention != "mla" or v % 2 == 0 and v < c.model_dim // c.num_heads,
+        "even, and below model_dim={c.model_dim} / num_heads={c.num_heads}",
+    ),
+    "dropout": (lambda v, c: v < 1, "at least 0 and below 1"),
+    "ema_decay": (lambda v, c: v < 1, "at least 0 and below 1"),
     "top_p": (lambda v, c: v <= 1, "above 0 and at most 1"),
     "temperature": (lambda v, c: not 0 < v < 1e-3, "0, or at least 0.001"),
     "name": (lambda v, c: re.fullmatch(r"[^/\\]+", v) and v.isprintable(), "a plain folder name without slashes"),
-}
-CHECKS |= {
-    name: (lambda v, c, allowed=allowed: v in allowed, "one of " + ", ".join(allowed))
-    for name, allowed in CHOICES.items()
+    "objective": one_of("diffusion", "autoregressive"),
+    "attention": one_of(*ATTENTIONS),
+    "remasking": one_of(*STRATEGIES),
+    "amp_dtype": one_of(*AMP_DTYPES),
 }
 
 
 def check_config(config):
     for name, value in vars(config).items():
         if type(value) in (int, float):
-            may_be_0, most = name in MAY_BE_0.split(), 2**63 - 1 if name == "seed" else 10**9
-            require(value > 0 or value == 0 and may_be_0, name, value, "0 or more" if may_be_0 else "above 0")
+            most = 2**63 - 1 if name == "seed" else 10**9
+            require(
+                value > 0 or value == 0 and name in MAY_BE_0,
+                name,
+                value,
+                "0 or more" if name in MAY_BE_0 else "above 0",
+            )
             require(value <= most, name, value, f"at most {most:,}")
-        if name in CHECKS:
-            holds, accepted = CHECKS[name]
-            require(holds(value, config), name, value, accepted.format(c=config))
-    if config.attention == "mla":
-        head_dim, rope_dim = config.model_dim // config.num_heads, config.qk_rope_head_dim
-        accepted = f"even, and below model_dim / num_heads = {head_dim}"
-        require(rope_dim % 2 == 0 and rope_dim < head_dim, "qk_rope_head_dim", rope_dim, accepted)
+        holds, accepted = CHECKS.get(name, (lambda v, c: True, ""))
+        require(holds(value, config), name, value, accepted.format(c=config))
 
 
 def require(condition, name, value, accepted):
@@ -1889,19 +1943,22 @@ def generate_command(argv):
     )
     parser.add_argument("--samples", type=int, default=1, help="how many, in one batch, with seeds from --seed on")
     parser.add_argument("--watch", action="store_true", help="show the text emerge, pass by pass, in a terminal")
+    parser.add_argument("--save", metavar="FILE.svg", help="save this as a moving picture for a browser or a README")
     arguments, model, config, path, step = load_for_command(parser, fields, argv)
     require(0 < arguments.samples <= 4096, "samples", arguments.samples, "1 to 4096")
+    require((arguments.save or ".svg").endswith(".svg"), "save", arguments.save, "the name of a file that ends in .svg")
     prompt, suffix = holes_to_masks(arguments.prompt), holes_to_masks(arguments.suffix)
     given, length = prompt + suffix, arguments.response_length
     if length is None:
         length = 0 if MASK in given else config.max_length - len(given)
         accepted = f"below max_length={config.max_length}, or give --response_length"
         require(length > 0 or MASK in given, "prompt", f"{len(given)} bytes", accepted)
-    on_step = SequenceView() if arguments.watch else MaskProgress()
-    with explained_errors(config), closing(on_step):
+    with explained_errors(config), closing(Progress(arguments.watch)) as progress:
         samples = run_conditional_diffusion_inference(
-            model, [prompt] * arguments.samples, length, config, suffix, on_step=on_step
+            model, [prompt] * arguments.samples, length, config, suffix, on_step=progress
         )
+    if arguments.save:
+        Path(arguments.save).write_text(denoising_svg(progress.steps), encoding="utf-8")
     for number, text in enumerate(samples):
         if arguments.samples > 1:
             print(f"--- seed {config.seed + number}")

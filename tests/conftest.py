@@ -93,7 +93,9 @@ def text_folder(tmp_path):
 
 
 def run_main(folder, *arguments, **environment):
-    """`python main.py ARGUMENTS` in `folder`, to its end; returns the finished process with its output as text."""
+    """`python main.py ARGUMENTS` in `folder`, to its end, on the CPU; returns the finished process with its output as
+    text."""
+    environment = {"CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run(
         [sys.executable, str(ROOT / "main.py"), *arguments],
         cwd=folder,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -293,3 +294,40 @@ def test_importing_main_does_nothing(tmp_path):
 
 def test_the_special_ids_are_those_of_the_design():
     assert (main.PAD, main.MASK, main.UNK) == (256, 257, 258)
+
+
+def test_the_saved_picture_shows_each_character_from_the_pass_that_unmasked_it(model, config, tmp_path):
+    config = dataclasses.replace(config, block_length=4, temperature=5.0)
+    with main.closing(main.Progress()) as progress:
+        main.run_conditional_diffusion_inference(model, ["é<b>\nx", "日本"], 12, config, on_step=progress)
+    picture = main.denoising_svg(progress.steps)
+    root = ElementTree.fromstring(picture)
+    groups = root.findall("{http://www.w3.org/2000/svg}g")
+    names = [group.get("style").removeprefix("animation-name:") for group in groups]
+    frames = [int(name[1:]) for name in names[1::2]]
+    assert names == ["t0", *(f"{kind}{frame}" for frame in frames for kind in "mt")]
+    assert set(frames) <= set(range(1, 13))
+    assert len(frames) > 6
+    given = [text.text for text in groups[0]]
+    assert given == [*"é<b>x", *"日本"]  # the new line is no letter
+    for dots, letters in zip(groups[1::2], groups[2::2], strict=True):
+        places = [[(text.get("x"), text.get("y")) for text in group] for group in (dots, letters)]
+        assert places[0] == places[1]
+        assert {text.text for text in dots} == {"·"}
+    for frame in frames:
+        assert f"@keyframes t{frame}{{" in picture
+        assert f"@keyframes m{frame}{{" in picture
+
+
+def test_a_long_picture_stays_small(model, config):
+    with main.closing(main.Progress()) as progress:
+        main.run_conditional_diffusion_inference(model, ["To be"] * 3, 400, config, on_step=progress)
+    assert len(main.denoising_svg(progress.steps).encode()) < 200_000
+
+
+def test_generate_saves_the_picture_of_what_it_prints(trained):
+    folder, _ = trained
+    done = run_main(folder, "generate", "--prompt", "to be", "--response_length", "6", "--save", "made.svg")
+    assert done.returncode == 0, done.stderr
+    ElementTree.fromstring((folder / "made.svg").read_text("utf-8"))
+    assert "save='made.png'" in one_line_error(run_main(folder, "generate", "--save", "made.png"))

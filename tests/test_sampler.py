@@ -500,7 +500,7 @@ def test_watching_redraws_in_place_and_marks_fresh_bytes(monkeypatch, no_color):
         monkeypatch.setenv("NO_COLOR", "1")
     screen = Terminal()
     monkeypatch.setattr("sys.stdout", screen)
-    view = main.SequenceView()
+    view = main.Progress(is_watched=True)
     view(torch.tensor([[65, main.MASK, 27, main.PAD]]))
     view(torch.tensor([[65, 66, 27, main.PAD]]))
     first, second = screen.getvalue().split("\x1b[H\x1b[2J")[1:]
@@ -514,5 +514,6 @@ def test_watching_redraws_in_place_and_marks_fresh_bytes(monkeypatch, no_color):
 
 
 def test_watching_shows_nothing_where_the_output_is_no_terminal(capsys):
-    main.SequenceView()(torch.tensor([[65, main.MASK]]))
-    assert capsys.readouterr().out == ""
+    for is_watched in (True, False):
+        main.Progress(is_watched)(torch.tensor([[65, main.MASK]]))
+    assert capsys.readouterr() == ("", "")

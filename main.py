@@ -730,12 +730,12 @@ def train(config, run_dir=None, checkpoint=None):
         say(f"{run_dir} ended at step {state.step:,}, after {state.minutes:.1f} minutes; to go on raise --max_steps")
         return 0
     run_dir = run_dir or make_run_dir(config)
-    model, num_micro_batches = in_parallel(state.model), config.gradient_accumulation_steps
+    log, model, num_micro_batches = Log(state, run_dir), in_parallel(state.model), config.gradient_accumulation_steps
     loss_function = compile_loss(model, config)
     announce(state, train_set, validation_set, run_dir)
-    started = time.perf_counter() - 60 * state.minutes
-    with stop_signals() as received, closing(Log(state, run_dir)) as log:
-        is_over = False
+    with stop_signals() as received, closing(log):
+        started, is_over = time.perf_counter() - 60 * state.minutes, False
+        log.restart()
         while not is_over:
             t, scores = training_noise(config, state.step)  # of all rows of the step, whoever computes them
             loss = torch.zeros((), device=config.device)
@@ -1337,8 +1337,10 @@ class Writer:
     Resumed runs give a purge_step: what they wrote from it on is no longer shown."""
 
     def __init__(self, folder, purge_step=None):
-        from torch.utils.tensorboard import SummaryWriter  # imported late: it takes seconds
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # imported late: it takes seconds
+        except ImportError as error:
+            raise InputError(f"tensorboard: {error}; run: pip install -r requirements.txt") from None
         self.writer = SummaryWriter(folder, purge_step=purge_step) if rank() == 0 else None
 
     def __getattr__(self, name):
@@ -1544,7 +1546,8 @@ def denoising_svg(steps, columns=72, seconds=12, max_frames=100):
         column, latest, decoder = 0, 0, codecs.getincrementaldecoder("utf-8")("replace")
         for token, unmasked_in in zip(steps[-1][number].tolist(), masked.tolist()):
             latest = max(latest, unmasked_in)
-            for letter in "" if token == PAD else decoder.decode(bytes([token])):
+            text = "" if token == PAD else decoder.decode(bytes([token]))
+            for letter in text:
                 width = 1 + (unicodedata.east_asian_width(letter) in "WF")
                 if letter == "\n" or column + width > columns:
                     column, line = 0, line + 1
@@ -1552,7 +1555,7 @@ def denoising_svg(steps, columns=72, seconds=12, max_frames=100):
                     frame = math.ceil(latest * num_frames / max(1, len(steps) - 1))
                     frames.setdefault(frame, []).append((column, line, letter if letter.isprintable() else "\ufffd"))
                     column += width
-                latest = 0
+            latest = 0 if text else latest
         line += 2
     style, groups = "", []
     for frame, letters in sorted(frames.items()):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -280,9 +281,16 @@ def test_the_flop_count_is_the_usual_formula(attention):
     assert counted == 3 * config.max_length * (6 * weights + attention_flops)
 
 
+def test_a_missing_tensorboard_is_one_line_before_anything_is_compiled(text_folder, monkeypatch, capsys):
+    monkeypatch.chdir(text_folder)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(main, "compile_loss", lambda *_: 1 / 0)
+    assert main.main(TINY_FLAGS) == 2
+    assert "pip install -r requirements.txt" in capsys.readouterr().err
+
+
 def test_importing_main_does_nothing(tmp_path):
     import subprocess
-    import sys
 
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; s = torch.get_rng_state(); import main; " + (
         "assert torch.equal(s, torch.get_rng_state()); assert 'tensorboard' not in sys.modules"

@@ -1023,27 +1023,29 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
         for name, overrides in (("greedy", {"temperature": 0.0}), ("drawn", {})):
             is_right = (sample(holes, 0, **overrides) == x0)[:, start : start + hole].float().mean(dim=1)
             report(f"infilling, {name}", "other", is_right, "fraction", f"restored bytes of {hole}-byte holes")
-    samples = sample([b""] * num_chunks, length)
-    about = f"{num_chunks} free samples of {length} bytes"
-    own = exact_likelihood(model, samples).mean(dim=1)
-    text = left_to_right.mean().item()
-    report("likelihood of own samples", "exact", own, "bits/byte", about, None, text, own.mean() < 0.5 * text)
-    of_text = text_statistics([bytes(x) for x in x0.tolist()], training_text)
-    for name, value in text_statistics([bytes(x) for x in samples.tolist()], training_text).items():
-        unit = {"byte entropy": "bits", "longest match": "bytes"}.get(name, "fraction")
-        is_far_off = name in FAR_OFF and FAR_OFF[name](value, of_text[name])
-        report(name, "other", value, unit, about, None, of_text[name], is_far_off)
+    for kind, prompts, text in (("free", [b""] * num_chunks, x0), ("prompted", x0[:, :half].tolist(), x0[:, half:])):
+        num_bytes = text.shape[1]
+        samples = sample(prompts, num_bytes)[:, -num_bytes:]
+        about = f"{num_chunks} {kind} samples of {num_bytes} bytes"
+        if kind == "free":
+            own, usual = exact_likelihood(model, samples).mean(dim=1), left_to_right.mean().item()
+            report("likelihood of own samples", "exact", own, "bits/byte", about, None, usual, own.mean() < 0.5 * usual)
+        of_text = text_statistics([bytes(row) for row in text.tolist()], training_text)
+        for name, value in text_statistics([bytes(row) for row in samples.tolist()], training_text).items():
+            unit = {"byte entropy": "bits", "longest match": "bytes"}.get(name, "fraction")
+            is_far_off = name in FAR_OFF and FAR_OFF[name](value, of_text[name])
+            report(f"{name}, {kind}", "other", value, unit, about, None, of_text[name], is_far_off)
     return rows
 
 
 def as_table(rows):
-    lines = [f"{'':<27}{'bound':<16}{'exact':<16}{'other':<16}{'of the text':<13}"]
+    lines = [f"{'':<31}{'bound':<15}{'exact':<15}{'other':<15}{'of the text':<13}"]
     for row in rows:
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
         number = "none" if row["value"] is None else f"{row['value']:.3f}{error}"
-        cells = "".join(f"{number if row['kind'] == kind else '':<16}" for kind in ("bound", "exact", "other"))
+        cells = "".join(f"{number if row['kind'] == kind else '':<15}" for kind in ("bound", "exact", "other"))
         text = "" if row["text"] is None else f"{row['text']:.3f}" + " (far off)" * row["is_far_off"]
-        lines.append(f"{row['figure']:<27}{cells}{text:<17}{row['unit']}")
+        lines.append(f"{row['figure']:<31}{cells}{text:<17}{row['unit']}".rstrip())
     return "\n".join(lines)
 
 

@@ -229,9 +229,8 @@ def test_evaluate_prints_the_same_table_for_the_same_seed_and_keeps_bound_and_ex
     assert {
         "most confident first",
         "infilling, greedy",
-        "known words",
-        "longest match",
-        "mismatched prompt",
+        "known words, free",
+        "longest match, prompted",
     } <= values.keys()
     early = run_dir / "early.pt"
     torch.save(main.read_checkpoint(run_dir / "latest.pt") | {"step": 2}, early)

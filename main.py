@@ -32,6 +32,7 @@ import itertools
 import json
 import math
 import mmap
+import numbers
 import os
 import re
 import signal
@@ -72,7 +73,7 @@ class TrainingError(RuntimeError):
 # PART 1: THE METHOD. What is special to masked diffusion, to be read in one go with the LLaDA paper in the other hand.
 #         CONFIG, data, model, objective, sampler, training
 # PART 2: THE MACHINERY. What any trainer needs; to be looked up when you need it.
-#         evaluation, optimizer, checkpoints, logging, many processes, profile, checks of CONFIG, command line
+#         evaluation, text files, optimizer, checkpoints, logging, devices and processes, profile, checks, command line
 # ######################################################################################################################
 
 
@@ -129,15 +130,15 @@ class CONFIG:
     max_minutes: float = 0.0  # end by the clock, learning rate decayed by then; 0: only max_steps counts
 
     # Sampling
-    remasking: str = "entropy"  # which masks are unmasked first: see `score_positions`
-    inference_steps: int = 0  # forward passes per response, of the first four strategies; 0: one for each byte
+    remasking: str = "entropy"  # which masks are unmasked first: see `score_positions`; LLaDA's is low_confidence
+    inference_steps: int = 0  # forward passes per response; 0: one for each byte
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are unmasked
     entropy_bound: float = 1.0  # nats, of the strategy entropy_bound: higher unmasks more bytes at once
     temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
     top_p: float = 0.8  # draw from the most probable bytes that together have this probability; 1: from all
     guidance_scale: float = 0.0  # classifier-free guidance: away from what the model says without the prompt; 0: none
     block_length: int = 16  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
-    cache_refresh: int = 0  # passes between those over the whole sequence; 1: all, exact; 0: the first one alone
+    cache_refresh: int = 0  # every so many passes of a block one is over the whole sequence; 1: all; 0: the first alone
     num_samples: int = 3  # prompts from the validation text that each validation continues
 
     # Run
@@ -276,17 +277,12 @@ class SimplifiedMLAttention(Attention):
         return apply_rope(q, rope), apply_rope(k, rope), v
 
 
-class MultiHeadAttention(Attention):
-    """Ordinary attention (arXiv 1706.03762) with RoPE on whole heads, the control."""
+class MultiHeadAttention(SimplifiedMLAttention):
+    """Ordinary attention (arXiv 1706.03762) with RoPE on whole heads, the control: x takes the place of the latent."""
 
     def __init__(self, config):
-        super().__init__(config)
-        D = config.model_dim
-        self.wq, self.wk, self.wv, self.wo = (nn.Linear(D, D, bias=False) for _ in range(4))
-
-    def queries_keys_values(self, x, rope):
-        q, k, v = (self.split_heads(project(x)) for project in (self.wq, self.wk, self.wv))
-        return apply_rope(q, rope), apply_rope(k, rope), v
+        super().__init__(dataclasses.replace(config, kv_latent_dim=config.model_dim))
+        self.w_latent = nn.Identity()
 
 
 class MultiHeadLatentAttention(Attention):
@@ -441,7 +437,7 @@ def stratified_quantiles(count, generator):
 
 
 def draw_noise(num_rows, length, generator):
-    """All the randomness of masking a batch: t [num_rows] and scores [num_rows, length], which rank the positions.
+    """All the randomness of masking a batch: t [num_rows] and noise [num_rows, length], which ranks the positions.
 
     t is LLaDA's t as a ratio: exactly 1 + floor(t * length) bytes will be masked, where LLaDA masks each of them with
     probability t. The bound is the same (see `masked_diffusion_loss`); it is stratified, so that every batch covers all
@@ -454,8 +450,8 @@ def draw_noise(num_rows, length, generator):
 def bell_quantile(t, std):
     """What training does with t: quantiles of the uniform distribution become those of a normal around 1/2, clamped to
     [0, 1). Almost all or almost nothing masked teaches little: after 2,000 steps of the default CPU size the bound is
-    0.13 bits per byte better. The loss is then a weighted bound."""
-    return (0.5 + std * torch.special.ndtri(t)).clamp(0, 1 - 1e-6) if std else t
+    0.13 bits per byte better. The loss is then a weighted bound. (Apple GPUs have no torch.special.ndtri.)"""
+    return (0.5 + std * math.sqrt(2) * torch.erfinv(2 * t - 1)).clamp(0, 1 - 1e-6) if std else t
 
 
 def choose_positions(candidates, scores, counts):
@@ -464,20 +460,20 @@ def choose_positions(candidates, scores, counts):
     return candidates & (order.argsort(dim=1) < counts[:, None])
 
 
-def mask_bytes(x0, t, scores):
+def mask_bytes(x0, t, noise):
     """The forward process: replace exactly k = 1 + floor(length * t) bytes of each sequence by MASK, those with the
-    lowest scores. PAD is no byte and stays. Returns xt [B, L] int64 and is_masked [B, L] bool."""
+    lowest noise. PAD is no byte and stays. Returns xt [B, L] int64 and is_masked [B, L] bool."""
     is_byte = x0 != PAD
     lengths = is_byte.sum(dim=1)
     num_masked = torch.minimum(1 + (lengths * t).long(), lengths)  # [B]; the minimum guards t rounded up to 1
-    is_masked = choose_positions(is_byte, -scores, num_masked)
+    is_masked = choose_positions(is_byte, -noise, num_masked)
     return x0.masked_fill(is_masked, MASK), is_masked
 
 
-def predict_masked(model, x0, t, scores):
+def predict_masked(model, x0, t, noise):
     """Mask x0 and predict it; returns logits [B, L, 256], the cross-entropy in nats and is_masked, both [B, L]. The
     autoregressive twin predicts every byte from those before it."""
-    xt, is_masked = (x0, x0 != PAD) if is_autoregressive(model) else mask_bytes(x0, t, scores)
+    xt, is_masked = (x0, x0 != PAD) if is_autoregressive(model) else mask_bytes(x0, t, noise)
     logits = model(xt)
     targets = x0.masked_fill(~is_masked, -100)  # -100: no loss
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -492,7 +488,7 @@ def mean_of_masked(values, is_masked):
     return (values * is_masked).sum(dim=1) / is_masked.sum(dim=1).clamp(min=1)
 
 
-def masked_diffusion_loss(model, x0, t=None, scores=None):
+def masked_diffusion_loss(model, x0, t=None, noise=None):
     """The negative evidence lower bound (NELBO, here "the bound"): an upper bound of -log p(x0) / L.
 
     LLaDA (eq. 3), MDLM and MD4 write it as E_t[(1/t) sum of masked cross-entropies], t ~ U(0, 1), each byte masked with
@@ -505,13 +501,13 @@ def masked_diffusion_loss(model, x0, t=None, scores=None):
     of masks in the whole batch would be another objective.
 
     `model` maps int64 [B, L] to logits [B, L, 256]; x0 is int64 [B, L], clean bytes, PAD where a sequence is shorter; t
-    and scores are the noise of `draw_noise`, by default drawn by way of torch's generator. Returns a scalar, nats per
+    and noise are what `draw_noise` returns, by default drawn by way of torch's generator. Returns a scalar, nats per
     byte.
     """
     if t is None:
         generator = torch.Generator(x0.device).manual_seed(int(torch.randint(2**62, ())))
-        t, scores = draw_noise(*x0.shape, generator)
-    _, nats, is_masked = predict_masked(model, x0, t, scores)
+        t, noise = draw_noise(*x0.shape, generator)
+    _, nats, is_masked = predict_masked(model, x0, t, noise)
     return mean_of_masked(nats, is_masked).mean()
 
 
@@ -547,9 +543,9 @@ def score_positions(strategy, logits, drawn, uniform):
     margin                       distance of the two highest probabilities (Dream, arXiv 2508.15487)
     entropy, entropy_bound       minus the entropy in nats (Dream; EB-Sampler, arXiv 2505.24857)
 
-    Random, margin and entropy do not look at the drawn byte, so with one byte per pass they sample exactly from the
-    model. The probability of the drawn byte favours the most probable bytes anew in each pass: on text with runs of
-    spaces it ends in nothing but spaces.
+    Random, margin and entropy do not look at the drawn byte, so with one byte per pass, temperature and top_p 1 and
+    cache_refresh 1 they sample exactly from the model. The probability of the drawn byte favours the most probable
+    bytes anew in each pass: on text with runs of spaces it ends in nothing but spaces.
     """
     if strategy == "random":
         return uniform
@@ -608,33 +604,38 @@ def predict_block(model, x, block, attention_mask, is_given, cache, guidance_sca
 
 
 @torch.inference_mode()
-def denoise(model, x, config, generators):
+def denoise(model, x, config, seeds):
     """Fill every MASK of x [N, L] in place; yields x before the first pass and after each.
 
     This is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5), and everybody else's with another choice of the
     positions to unmask. The masked stretch is cut into blocks, filled from left to right. Each pass predicts the block,
     draws a byte for each of its MASKs and unmasks some of them. (LLaDA says it the other way round: fill all, then
     remask all but the most confident, hence the name of the field `remasking`.) Given bytes never change, PAD is not
-    seen. The noise of a row comes from its own generator: what it draws does not depend on the other rows.
+    seen. The noise of a row follows from its seed and the block: what it draws does not depend on the other rows.
 
     With a cache a pass computes the block alone. What it sees of all other positions was computed before: by a pass
-    over the whole sequence, every `cache_refresh` passes or just once, and, when a block begins, for the block before.
+    over the whole sequence, at every `cache_refresh`-th pass of a block or just once at the start, and by the first pass
+    of a block, which computes the block before once more.
     """
     attention_mask = x != PAD if (x == PAD).any() else None
-    is_given, cache, previous, num_passes = x != MASK, None, slice(0, 0), 0
+    is_given, cache, previous = x != MASK, None, slice(0, 0)
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     yield x
-    for block, passes in plan_blocks(x, config):
+    plan = plan_blocks(x, config)
+    for block, passes in plan:
+        generators = [
+            torch.Generator(x.device).manual_seed(derive_seed(seed, block.start - plan[0][0].start)) for seed in seeds
+        ]
         for number in itertools.count():
             is_masked = x[:, block] == MASK  # [N, W]
             if not is_masked.any():  # the only wait for a GPU in a pass
                 break
             if config.cache_refresh != 1:
-                if cache is None or (config.cache_refresh and num_passes % config.cache_refresh == 0):
+                if cache is None or (config.cache_refresh and number % config.cache_refresh == 0):
                     cache = PositionCache()
                     cache.span = slice(0, x.shape[1])
                 else:
-                    cache.span = block if number else slice(previous.start, block.stop)
+                    cache.span = slice(block.start if number else previous.start, block.stop)
             logits = predict_block(model, x, block, attention_mask, is_given, cache, config.guidance_scale)
             if number % 16 == 0:  # for 16 passes at once: small draws cost as much as large ones
                 shape = 16, is_masked.shape[1], 2
@@ -646,7 +647,6 @@ def denoise(model, x, config, generators):
             counts = count_to_unmask(config, scores, is_masked, max(1, passes - number))
             is_chosen = choose_positions(is_masked, scores, counts)
             x[:, block] = torch.where(is_chosen, drawn, x[:, block])
-            num_passes += 1
             yield x
         previous = block
 
@@ -671,7 +671,7 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
         InputError: the whole is longer than rope_max_length_buffer, response_length is negative, a number is neither a
             byte nor MASK, or guidance_scale is given without a prompt.
     """
-    is_batch = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
+    is_batch = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], numbers.Integral))
     prompts = prompt if is_batch else [prompt]
     texts = [to_tokens(p) + [MASK] * response_length + to_tokens(suffix) for p in prompts]
     require(response_length >= 0, "response_length", response_length, "0 or more")
@@ -679,8 +679,8 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
         config = dataclasses.replace(config, block_length=1, inference_steps=0)
         only_ends = all(set(text[[*text, MASK].index(MASK) :]) <= {MASK} for text in texts)
         require(only_ends, "objective", config.objective, "diffusion to fill what has given bytes after it")
-    is_given = all(set(text) - {MASK} for text in texts)
-    require(is_given or not config.guidance_scale, "guidance_scale", config.guidance_scale, "0 without a prompt")
+    has_prompt = all(set(text) - {MASK} for text in texts)
+    require(has_prompt or not config.guidance_scale, "guidance_scale", config.guidance_scale, "0 without a prompt")
     firsts = [[*text, MASK].index(MASK) for text in texts]
     starts = [max(firsts) - first for first in firsts]
     length = max((start + len(text) for start, text in zip(starts, texts)), default=0)
@@ -692,10 +692,9 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
         row[start : start + len(text)] = torch.tensor(text, dtype=torch.int64)
     device = next(model.parameters()).device
     x, seed = x.to(device), config.seed if seed is None else seed
-    generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(texts))]
-    num_positions = len(texts) * (config.block_length or length)
-    with evaluation_mode(model), threads_for(num_positions if config.cache_refresh == 0 else length):
-        for state in denoise(model, x, config, generators):
+    width = config.block_length or length if config.cache_refresh == 0 else length
+    with evaluation_mode(model), threads_for(len(texts) * width):
+        for state in denoise(model, x, config, range(seed, seed + len(texts))):
             if on_step:
                 on_step(state)
     results = [bytes(token for token in row if token != PAD).decode(errors="replace") for row in x.tolist()]
@@ -737,7 +736,7 @@ def train(config, run_dir=None, checkpoint=None):
         started, is_over = time.perf_counter() - 60 * state.minutes, False
         log.restart()
         while not is_over:
-            t, scores = training_noise(config, state.step)  # of all rows of the step, whoever computes them
+            t, noise = training_noise(config, state.step)  # of all rows of the step, whoever computes them
             loss = torch.zeros((), device=config.device)
             for micro_batch in range(num_micro_batches):
                 first = (micro_batch * world_size() + rank()) * config.batch_size
@@ -746,7 +745,7 @@ def train(config, run_dir=None, checkpoint=None):
                 x0 = x0.to(config.device, non_blocking=True)
                 with nullcontext() if is_last or model is state.model else model.no_sync():
                     with autocast(config):
-                        part = loss_function(model, x0, t[rows], scores[rows]) / num_micro_batches  # forward
+                        part = loss_function(model, x0, t[rows], noise[rows]) / num_micro_batches  # forward
                     state.scaler.scale(part).backward()  # backward
                 loss += part.detach()
             norm = optimizer_step(state)  # step
@@ -786,8 +785,8 @@ def training_noise(config, step):
     torch.manual_seed(derive_seed(config.seed, step, 1 + rank()))
     generator = torch.Generator(config.device).manual_seed(derive_seed(config.seed, step))
     num_rows = config.batch_size * config.gradient_accumulation_steps * world_size()
-    t, scores = draw_noise(num_rows, config.max_length, generator)
-    return bell_quantile(t, config.mask_ratio_std), scores
+    t, noise = draw_noise(num_rows, config.max_length, generator)
+    return bell_quantile(t, config.mask_ratio_std), noise
 
 
 def learning_rate_scale(config, step, minutes):
@@ -799,8 +798,8 @@ def learning_rate_scale(config, step, minutes):
 
 @torch.no_grad()
 def optimizer_step(state):
-    """Clip the gradients, update and average the weights; returns the norm of the gradients before. In fp16 the
-    GradScaler skips a step whose gradients are not finite, and lowers its scale."""
+    """Clip the gradients, update and average the weights; returns the norm of the gradients before. In fp16 a step whose
+    gradients are not finite is skipped, and the GradScaler lowers its scale."""
     config, scaler = state.config, state.scaler
     scale = learning_rate_scale(config, state.step, state.minutes)
     for optimizer, peak in zip(state.optimizers, (config.learning_rate, config.muon_learning_rate)):
@@ -808,8 +807,9 @@ def optimizer_step(state):
             group["lr"] = scale * peak
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip_val)
-    for optimizer in state.optimizers:
-        scaler.step(optimizer)
+    if not scaler.is_enabled() or norm.isfinite():  # waits for the device, in fp16 alone
+        for optimizer in state.optimizers:
+            scaler.step(optimizer)
     scaler.update()
     state.model.zero_grad()
     decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))  # a shorter memory at first
@@ -824,8 +824,8 @@ def validate(state, train_set, validation_set, log):
     started = time.perf_counter()
     config, model, step, writer = state.config, state.ema, state.step, log.writer
     train_bound, _ = estimate_nelbo(model, train_set, config.validation_bytes)
-    lengths, *measured = measure_chunks(model, validation_set, config.validation_bytes)
-    bound, error = mean_over_bytes(measured[1], lengths)
+    lengths, ratios, bits, accuracies = measure_chunks(model, validation_set, config.validation_bytes)
+    bound, error = mean_over_bytes(bits, lengths)
     is_best, state.best_bound = bound < state.best_bound, min(state.best_bound, bound)
     if rank() == 0:
         kind = KIND[config.objective]
@@ -833,8 +833,10 @@ def validate(state, train_set, validation_set, log):
         writer.add_scalar("train/bits_per_byte", train_bound, step)
         writer.add_scalar("val/bits_per_byte", bound, step)
         writer.add_scalar("val/best_bits_per_byte", state.best_bound, step)
-        for end, bits, accuracy in by_mask_ratio(*measured) if config.objective == "diffusion" else []:
-            writer.add_scalar(f"val_bits_by_mask_ratio/to_{end:03d}_percent", bits.mean(), step)
+        for end, some_bits, accuracy in (
+            by_mask_ratio(ratios, bits, accuracies) if config.objective == "diffusion" else []
+        ):
+            writer.add_scalar(f"val_bits_by_mask_ratio/to_{end:03d}_percent", some_bits.mean(), step)
             writer.add_scalar(f"val_accuracy_by_mask_ratio/to_{end:03d}_percent", accuracy.mean(), step)
         if config.num_samples:
             show_samples(state, validation_set, log, f"## step {step:,}: {kind} {bound:.3f} bits per byte\n\n")
@@ -845,8 +847,8 @@ def validate(state, train_set, validation_set, log):
 
 
 # ######################################################################################################################
-# PART 2: THE MACHINERY. Evaluation, optimizer, checkpoints, logging, many processes, profile, checks of CONFIG, command
-#         line. Skip it at first, and look things up.
+# PART 2: THE MACHINERY. What any trainer needs; skip it at first, and look things up.
+#         evaluation, text files, optimizer, checkpoints, logging, devices and processes, profile, checks, command line
 # ######################################################################################################################
 
 
@@ -881,10 +883,10 @@ def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
     measured = torch.zeros(4, num_chunks, dtype=torch.double)
     with evaluation_mode(model):
         for number, rows in enumerate(torch.arange(num_chunks).split(batch_size)):
-            scores = torch.rand(len(rows), dataset.max_length, generator=generator)
+            noise = torch.rand(len(rows), dataset.max_length, generator=generator)
             if number % world_size() == rank() % world_size():
                 x0 = dataset.read(chunks[rows.numpy()] * dataset.max_length).to(device)
-                logits, nats, is_masked = predict_masked(model, x0, t[rows].to(device), scores.to(device))
+                logits, nats, is_masked = predict_masked(model, x0, t[rows].to(device), noise.to(device))
                 lengths, is_right = (x0 != PAD).sum(dim=1), logits.argmax(-1) == x0
                 bits, accuracy = mean_of_masked(nats * BITS_PER_NAT, is_masked), mean_of_masked(is_right, is_masked)
                 results = lengths, is_masked.sum(dim=1) / lengths, bits, accuracy
@@ -998,14 +1000,14 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
             run_conditional_diffusion_inference(model, prompts, response_length, settings, **options)
         return progress.steps[-1]
 
-    lengths, *measured = measure_chunks(model, dataset, seed=seed)
+    lengths, ratios, bits, accuracies = measure_chunks(model, dataset, seed=seed)
     if is_autoregressive(model):
-        report("likelihood", "exact", measured[1], "bits/byte", "the whole text", lengths)
-        report("accuracy", "other", measured[2], "fraction", "the most probable byte", lengths)
+        report("likelihood", "exact", bits, "bits/byte", "the whole text", lengths)
+        report("accuracy", "other", accuracies, "fraction", "the most probable byte", lengths)
     else:
-        report("NELBO", "bound", measured[1], "bits/byte", "the whole text, masked once", lengths)
-        for end, bits, accuracy in by_mask_ratio(*measured):
-            report(f"cross-entropy at {end} %", "other", bits, "bits/byte", "masked bytes, by mask ratio")
+        report("NELBO", "bound", bits, "bits/byte", "the whole text, masked once", lengths)
+        for end, some_bits, accuracy in by_mask_ratio(ratios, bits, accuracies):
+            report(f"cross-entropy at {end} %", "other", some_bits, "bits/byte", "masked bytes, by mask ratio")
             report(f"accuracy at {end} %", "other", accuracy, "fraction", "masked bytes, the most probable byte")
     half, hole = length // 2, min(20, length // 2)
     left_to_right = exact_likelihood(model, x0)
@@ -1233,7 +1235,10 @@ class TrainingState:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                decays = [group.get("weight_decay") for group in optimizer.param_groups]  # those of this CONFIG
                 optimizer.load_state_dict(saved)
+                for group, decay in zip(optimizer.param_groups, decays):
+                    group["weight_decay"] = decay
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             self.step, self.minutes, self.best_bound = state["step"], state["minutes"], state["best_bound"]
@@ -1498,14 +1503,16 @@ def printable(text):
 
 
 class Progress:
-    """Keeps all steps of a sampler, sequences x [N, L], and shows the last on a terminal. If watched: in place of the
-    one before, masks as dim dots, fresh bytes in bold green; else a bar of the bytes that are unmasked."""
+    """Keeps the last two steps of a sampler, sequences x [N, L], or all of them, and shows the last on a terminal. If
+    watched: in place of the one before, masks as dim dots, fresh bytes in bold green; else a bar of the bytes that are
+    unmasked."""
 
-    def __init__(self, is_watched=False):
+    def __init__(self, is_watched=False, keeps_all=False):
         self.steps, self.bar, self.is_watched = [], None, is_watched and sys.stdout.isatty()
+        self.keeps_all = keeps_all
 
     def __call__(self, x):
-        self.steps.append(x.clone())
+        self.steps = self.steps[0 if self.keeps_all else -1 :] + [x.cpu().clone()]
         if self.is_watched:
             print("\x1b[H\x1b[2J" + self.draw(), end="", flush=True)
         elif sys.stderr.isatty():
@@ -1595,22 +1602,24 @@ def compile_loss(model, config):
     if not config.compile:
         return masked_diffusion_loss
     say("compiling the model, which takes up to a minute ...")
-    compiled = torch.compile(masked_diffusion_loss, dynamic=False)
+    compiled, failure = torch.compile(masked_diffusion_loss, dynamic=False), None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), model.no_sync() if dist.is_initialized() else nullcontext():
             warnings.filterwarnings("ignore", message="TensorFloat32")  # a matter of taste, not of this run
             x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
-            t, scores = draw_noise(*x0.shape, torch.Generator(config.device).manual_seed(0))
+            t, noise = draw_noise(*x0.shape, torch.Generator(config.device).manual_seed(0))
             with autocast(config):
-                loss = compiled(model, x0, t, scores)
+                loss = compiled(model, x0, t, noise)
             loss.backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001  whatever went wrong inside the compiler, training works without it
-        say(f"warning: torch.compile does not work here ({type(error).__name__}); going on without it, which is slower")
-        compiled = masked_diffusion_loss
+        failure = type(error).__name__
     model.zero_grad()
-    return compiled
+    if not over_processes("max", [failure is not None]).item():
+        return compiled
+    say(f"warning: torch.compile does not work here ({failure}); going on without it, which is slower")
+    return masked_diffusion_loss
 
 
 @contextmanager
@@ -1624,18 +1633,24 @@ def threads_for(num_positions):
         torch.set_num_threads(num_threads)
 
 
+def claim_gpu(config):
+    """Makes config.device, if it is a GPU, the one that torch means by default; in a torchrun each process has its own."""
+    if config.device.startswith("cuda"):
+        if "RANK" in os.environ:
+            number, found = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
+            require(number < found, "nproc_per_node", number + 1, f"at most {found}, the GPUs of this machine")
+            config.device = f"cuda:{number}"
+        torch.cuda.set_device(torch.device(config.device).index or 0)
+
+
 @contextmanager
 def distributed_run(config):
-    """Joins the processes of a torchrun, one GPU each; a plain `python main.py` passes through."""
-    is_distributed, on_cuda = "RANK" in os.environ, config.device.startswith("cuda")
-    if on_cuda and is_distributed:
-        config.device = f"cuda:{os.environ.get('LOCAL_RANK', rank() % torch.cuda.device_count())}"
-    if on_cuda:
-        torch.cuda.set_device(torch.device(config.device).index or 0)  # whose memory and clock are asked for later
-    if not is_distributed:
+    """Joins the processes of a torchrun; a plain `python main.py` passes through."""
+    claim_gpu(config)
+    if "RANK" not in os.environ:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo")
     try:
         yield
     finally:
@@ -1736,17 +1751,17 @@ def profile(config):
     state, on_cuda, num_bytes = TrainingState(config), config.device.startswith("cuda"), bytes_per_step(config)
 
     def train_step(loss_function):
-        t, scores = training_noise(config, step=0)
+        t, noise = training_noise(config, step=0)
         x0 = train_set.random_crops(config.seed, 0, slice(None), len(t)).to(config.device)
         with record_function("forward"), autocast(config):
-            loss = loss_function(state.model, x0, t, scores)
+            loss = loss_function(state.model, x0, t, noise)
         with record_function("backward"):
             state.scaler.scale(loss).backward()
         with record_function("optimizer"):
             optimizer_step(state)
 
     x0 = train_set.random_crops(config.seed, 0, slice(None), config.batch_size).to(config.device)
-    flops = count_flops(lambda: masked_diffusion_loss(state.model, x0).backward()) * world_size()
+    flops = count_flops(lambda: masked_diffusion_loss(state.model, x0).backward())
     loss_function = compile_loss(state.model, config)
     size = 8192 if on_cuda else 1024
     matrix = torch.randn(size, size, device=config.device, dtype=AMP_DTYPES[config.amp_dtype])
@@ -1958,7 +1973,7 @@ def generate_command(argv):
         length = 0 if MASK in given else config.max_length - len(given)
         accepted = f"below max_length={config.max_length}, or give --response_length"
         require(length > 0 or MASK in given, "prompt", f"{len(given)} bytes", accepted)
-    with explained_errors(config), closing(Progress(arguments.watch)) as progress:
+    with explained_errors(config), closing(Progress(arguments.watch, bool(arguments.save))) as progress:
         samples = run_conditional_diffusion_inference(
             model, [prompt] * arguments.samples, length, config, suffix, on_step=progress
         )
@@ -2012,7 +2027,10 @@ def profile_command(argv):
     parser = new_parser("profile", "How fast a training step is, and where its time goes.")
     add_config_flags(parser)
     config = CONFIG(**vars(parser.parse_args(argv)))
-    with explained_errors(config), distributed_run(config):
+    if "RANK" in os.environ:
+        raise InputError("profile measures one process; run it without torchrun")
+    claim_gpu(config)
+    with explained_errors(config):
         return profile(config)
 
 

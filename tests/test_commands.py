@@ -280,6 +280,11 @@ def test_the_flop_count_is_the_usual_formula(attention):
     assert counted == 3 * config.max_length * (6 * weights + attention_flops)
 
 
+def test_profile_of_several_processes_is_refused(text_folder):
+    done = run_main(text_folder, "profile", *TINY_FLAGS, RANK="0", WORLD_SIZE="2")
+    assert "without torchrun" in one_line_error(done)
+
+
 def test_a_missing_tensorboard_is_one_line_before_anything_is_compiled(text_folder, monkeypatch, capsys):
     monkeypatch.chdir(text_folder)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -305,7 +310,7 @@ def test_the_special_ids_are_those_of_the_design():
 
 def test_the_saved_picture_shows_each_character_from_the_pass_that_unmasked_it(model, config, tmp_path):
     config = dataclasses.replace(config, block_length=4, temperature=5.0)
-    with main.closing(main.Progress()) as progress:
+    with main.closing(main.Progress(keeps_all=True)) as progress:
         main.run_conditional_diffusion_inference(model, ["é<b>\nx", "日本"], 12, config, on_step=progress)
     picture = main.denoising_svg(progress.steps)
     root = ElementTree.fromstring(picture)
@@ -327,7 +332,7 @@ def test_the_saved_picture_shows_each_character_from_the_pass_that_unmasked_it(m
 
 
 def test_a_long_picture_stays_small(model, config):
-    with main.closing(main.Progress()) as progress:
+    with main.closing(main.Progress(keeps_all=True)) as progress:
         main.run_conditional_diffusion_inference(model, ["To be"] * 3, 400, config, on_step=progress)
     assert len(main.denoising_svg(progress.steps).encode()) < 200_000
 

@@ -419,6 +419,28 @@ def test_training_runs_on_a_gpu_in_every_precision(text_folder, dtype):
     assert main.load_checkpoint(run_dir)[2]["step"] == 20
 
 
+def test_in_fp16_a_step_is_taken_by_both_optimizers_or_by_none(config):
+    """A single gradient that is not finite, in a matrix of either optimizer, leaves all weights as they were."""
+    for name, bad in itertools.product(("output.weight", "layers.0.attention.wq.weight"), (math.nan, math.inf)):
+        state = main.TrainingState(config)
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(2):
+            state.scaler.scale(main.masked_diffusion_loss(state.model, torch.randint(0, 256, (4, 16)))).backward()
+            before = {key: value.clone() for key, value in state.model.state_dict().items()}
+            if step == 1:
+                dict(state.model.named_parameters())[name].grad[0, 0] = bad
+            main.optimizer_step(state)
+            changed = [key for key, value in state.model.state_dict().items() if not torch.equal(value, before[key])]
+            assert bool(changed) == (step == 0), (name, changed)
+        assert state.scaler.get_scale() == 512
+
+
+def test_a_resumed_run_takes_a_new_weight_decay(config):
+    saved = main.TrainingState(config).state_dict()
+    state = main.TrainingState(main.dataclasses.replace(config, weight_decay=0.7), saved)
+    assert [group["weight_decay"] for group in state.optimizers[0].param_groups] == [0.7, 0.0]
+
+
 def test_random_weights_differ_by_seed():
     weights = [main.TrainingState(main.CONFIG(**TINY, seed=seed)).model.tok_embeddings.weight for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1])

@@ -131,11 +131,12 @@ class CONFIG:
 
     # Sampling
     remasking: str = "entropy"  # which masks are unmasked first: see `score_positions`; LLaDA's is low_confidence
-    inference_steps: int = 0  # forward passes per response; 0: one for each byte
+    inference_steps: int = 0  # forward passes of the first draft; 0: one for each byte
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are unmasked
     entropy_bound: float = 1.0  # nats, of the strategy entropy_bound: higher unmasks more bytes at once
     temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
-    top_p: float = 0.8  # draw from the most probable bytes that together have this probability; 1: from all
+    revision_sweeps: int = 4  # after the first draft each byte is drawn anew so many times, its neighbours in view
+    top_p: float = 0.5  # revisions (without any: the draft) draw from the most probable bytes that have this in sum
     guidance_scale: float = 0.0  # classifier-free guidance: away from what the model says without the prompt; 0: none
     block_length: int = 16  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
     cache_refresh: int = 0  # every so many passes of a block one is over the whole sequence; 1: all; 0: the first alone
@@ -613,18 +614,19 @@ def denoise(model, x, config, seeds):
     remask all but the most confident, hence the name of the field `remasking`.) Given bytes never change, PAD is not
     seen. The noise of a row follows from its seed and the block: what it draws does not depend on the other rows.
 
+    If revisions follow (see `revise`) the draft is drawn from all bytes, whatever top_p is.
+
     With a cache a pass computes the block alone. What it sees of all other positions was computed before: by a pass
     over the whole sequence, at every `cache_refresh`-th pass of a block or just once at the start, and by the first pass
     of a block, which computes the block before once more.
     """
     attention_mask = x != PAD if (x == PAD).any() else None
-    is_given, cache, previous = x != MASK, None, slice(0, 0)
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    is_given, cache, previous, plan = x != MASK, None, slice(0, 0), plan_blocks(x, config)
+    top_p = 1.0 if config.revision_sweeps else config.top_p
     yield x
-    plan = plan_blocks(x, config)
     for block, passes in plan:
         generators = [
-            torch.Generator(x.device).manual_seed(derive_seed(seed, block.start - plan[0][0].start)) for seed in seeds
+            torch.Generator(x.device).manual_seed(derive_seed(s, block.start - plan[0][0].start)) for s in seeds
         ]
         for number in itertools.count():
             is_masked = x[:, block] == MASK  # [N, W]
@@ -638,17 +640,52 @@ def denoise(model, x, config, seeds):
                     cache.span = slice(block.start if number else previous.start, block.stop)
             logits = predict_block(model, x, block, attention_mask, is_given, cache, config.guidance_scale)
             if number % 16 == 0:  # for 16 passes at once: small draws cost as much as large ones
-                shape = 16, is_masked.shape[1], 2
-                noise = [torch.rand(shape, generator=g, dtype=dtype, device=x.device) for g in generators]
-                noise = torch.stack(noise, dim=1)
+                noise = draw_uniform(generators, 16, is_masked.shape[1], 2)
             for_bytes, for_order = noise[number % 16].unbind(dim=-1)  # [N, W] each
-            drawn = draw_bytes(logits, config.temperature, config.top_p, for_bytes)
+            drawn = draw_bytes(logits, config.temperature, top_p, for_bytes)
             scores = score_positions(config.remasking, logits, drawn, for_order)
             counts = count_to_unmask(config, scores, is_masked, max(1, passes - number))
             is_chosen = choose_positions(is_masked, scores, counts)
             x[:, block] = torch.where(is_chosen, drawn, x[:, block])
             yield x
         previous = block
+
+
+def draw_uniform(generators, *shape):
+    """Noise in [0, 1), shape [shape[0], N, ...], the n-th row from generators[n]; float64 where the device has it."""
+    device = generators[0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.stack([torch.rand(shape, generator=g, dtype=dtype, device=device) for g in generators], dim=1)
+
+
+REVISION_STRIDE = 5  # bytes that are drawn anew at once are so far from each other
+
+
+@torch.inference_mode()
+def revise(model, x, is_given, config, seeds):
+    """Draw the bytes of x [N, L] that were not given anew, `revision_sweeps` times; yields x after each pass.
+
+    A pass masks every fifth of them, and predicts these from all others: Gibbs sampling, were it one byte at a time and
+    top_p 1. Cutting the tail here, where the neighbours are known, mends misspelt words. Cut in the first draft, it makes
+    the most common byte more common still: a run of spaces that goes on with probability 0.9 would never end.
+    """
+    attention_mask = x != PAD if (x == PAD).any() else None
+    columns = (~is_given).any(dim=0).nonzero().flatten().tolist()
+    if not columns:
+        return
+    block = slice(columns[0], columns[-1] + 1)
+    position = torch.arange(block.stop - block.start, device=x.device)
+    for sweep in range(1, config.revision_sweeps + 1):
+        noise = draw_uniform(
+            [torch.Generator(x.device).manual_seed(derive_seed(s, sweep, 1)) for s in seeds], 1, len(position)
+        )
+        for offset in range(REVISION_STRIDE):
+            is_revised = ~is_given[:, block] & (position % REVISION_STRIDE == offset)
+            x[:, block] = x[:, block].masked_fill(is_revised, MASK)
+            logits = predict_block(model, x, block, attention_mask, is_given, None, config.guidance_scale)
+            drawn = draw_bytes(logits, config.temperature, config.top_p, noise[0])
+            x[:, block] = torch.where(is_revised, drawn, x[:, block])
+            yield x
 
 
 def run_conditional_diffusion_inference(model, prompt, response_length, config, suffix="", seed=None, on_step=None):
@@ -661,8 +698,8 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
         response_length: bytes; 0 fills only the holes.
         config: the fields of its section Sampling are used.
         seed: of the noise, seed + i for the i-th prompt of a batch; default config.seed.
-        on_step: called with the sequences x [N, L] int64 before the first pass and after each; PAD is around shorter
-            ones. The last call shows the bytes themselves.
+        on_step: called with the sequences x [N, L] int64 before the first pass and after each, revisions included; PAD
+            is around shorter ones. The last call shows the bytes themselves.
 
     Returns:
         prompt, response and suffix as one str, invalid UTF-8 replaced by U+FFFD; for a list of prompts a list of them.
@@ -676,7 +713,7 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
     texts = [to_tokens(p) + [MASK] * response_length + to_tokens(suffix) for p in prompts]
     require(response_length >= 0, "response_length", response_length, "0 or more")
     if is_autoregressive(model):
-        config = dataclasses.replace(config, block_length=1, inference_steps=0)
+        config = dataclasses.replace(config, block_length=1, inference_steps=0, revision_sweeps=0)
         only_ends = all(set(text[[*text, MASK].index(MASK) :]) <= {MASK} for text in texts)
         require(only_ends, "objective", config.objective, "diffusion to fill what has given bytes after it")
     has_prompt = all(set(text) - {MASK} for text in texts)
@@ -692,9 +729,14 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
         row[start : start + len(text)] = torch.tensor(text, dtype=torch.int64)
     device = next(model.parameters()).device
     x, seed = x.to(device), config.seed if seed is None else seed
-    width = config.block_length or length if config.cache_refresh == 0 else length
-    with evaluation_mode(model), threads_for(len(texts) * width):
-        for state in denoise(model, x, config, range(seed, seed + len(texts))):
+    is_given, seeds, width = x != MASK, range(seed, seed + len(texts)), config.block_length or length
+    num_positions = len(texts) * (width if config.cache_refresh == 0 else length)
+    with evaluation_mode(model):
+        with threads_for(num_positions):
+            for state in denoise(model, x, config, seeds):
+                if on_step:
+                    on_step(state)
+        for state in revise(model, x, is_given, config, seeds):
             if on_step:
                 on_step(state)
     results = [bytes(token for token in row if token != PAD).decode(errors="replace") for row in x.tolist()]
@@ -707,9 +749,6 @@ def to_tokens(text):
     for token in tokens:
         require(0 <= token < NUM_BYTES or token == MASK, "prompt", token, f"made of bytes 0..255 and MASK={MASK}")
     return [int(token) for token in tokens]
-
-
-KIND = {"diffusion": "bound", "autoregressive": "exact likelihood"}  # of the likelihoods that are reported
 
 
 # === Training: the loop first, then its parts =========================================================================
@@ -1055,17 +1094,14 @@ def as_table(rows):
 
 
 def file_size(path):
+    reason = "is no regular file; copy the text into one"  # such as a pipe, which would be waited for without end
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
-            raise InputError(f"{path}: is no regular file; copy the text into one")
-        with open(path, "rb"):
-            return status.st_size
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = getattr(error, "strerror", None) or error  # ValueError: a zero byte in the name
-        raise InputError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None
+        with open(path, "rb") if stat.S_ISREG(os.stat(path).st_mode) else nullcontext() as file:
+            if file:
+                return os.fstat(file.fileno()).st_size
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error}); check the path and its permissions"
+    raise InputError(f"{path}: {reason}")
 
 
 STARTER_LINE = b"This is the starter corpus: prose from Python's own documentation. Put your own text in its place.\n\n"
@@ -1075,21 +1111,23 @@ def starter_corpus():
     """[training, validation] bytes of real English that every CPython carries: the paragraphs of prose, without code
     and tables, of its language reference and of the docstrings of its standard library. Every tenth topic or module is
     held out."""
-    documents = []
+    documents, library = [], Path(sysconfig.get_path("stdlib"))
     with suppress(ImportError):  # some distributions leave it out
         from pydoc_data.topics import topics
 
         documents += [topics[name] for name in sorted(topics)]
-    library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         if not {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
             documents.append("\n\n".join(docstrings(path)))
     parts, seen = [[], []], set()
     for number, document in enumerate(documents):
-        paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", document)]
-        new = [p for p in paragraphs if is_prose(p) and p not in seen]
-        seen.update(new)
-        parts[number % 10 == 5] += new
+        for paragraph in re.split(r"\n\s*\n", document):
+            text = " ".join(paragraph.split())
+            words = sum(letter.isascii() and (letter.isalpha() or letter in " ,.") for letter in text)
+            is_prose = len(text) >= 60 and words >= 0.93 * len(text) and re.fullmatch(r"[A-Z].*[.!?]", text)
+            if is_prose and text not in seen and not re.search(r"::|[-=_+|<>]{3}", text):
+                parts[number % 10 == 5].append(text)
+                seen.add(text)
     return [STARTER_LINE + "\n\n".join(part).encode() for part in parts]
 
 
@@ -1100,13 +1138,6 @@ def docstrings(path):
         nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)]
         return [ast.get_docstring(node) or "" for node in nodes]
     return []
-
-
-def is_prose(paragraph):
-    """Sentences: a capital at the start, a full stop at the end, and hardly anything but words between."""
-    words = sum(letter.isascii() and (letter.isalpha() or letter in " ,.") for letter in paragraph)
-    is_text = len(paragraph) >= 60 and words >= 0.93 * len(paragraph)
-    return is_text and re.match(r"[A-Z].*[.!?]$", paragraph) and not re.search(r"::|[-=_+|<>]{3}", paragraph)
 
 
 def write_starter_corpus(config):
@@ -1361,6 +1392,7 @@ class Writer:
         return write
 
 
+KIND = {"diffusion": "bound", "autoregressive": "exact likelihood"}  # of the likelihoods that are reported
 CUSTOM_SCALARS = {
     "bound": {"training and validation text": ["Multiline", ["train/bits_per_byte", "val/.*bits_per_byte"]]},
     "by mask ratio": {
@@ -1459,15 +1491,15 @@ def show_samples(state, validation_set, log, report):
     continuation; and how the first continuation came about."""
     config, steps = state.config, []
     prompt_length = config.max_length * 5 // 8
-    starts = np.linspace(0, len(validation_set.bytes) - config.max_length, config.num_samples, dtype=np.int64)
-    x0 = validation_set.read(starts).tolist()
+    places = (np.arange(config.num_samples) + 0.5) / config.num_samples
+    x0 = validation_set.read((places * (len(validation_set.bytes) - config.max_length)).astype(np.int64)).tolist()
     prompts, response_length = [row[:prompt_length] for row in x0], config.max_length - prompt_length
     keep = {"on_step": lambda x: steps.append(x.clone())}
     run_conditional_diffusion_inference(state.ema, prompts, response_length, config, **keep)
     for prompt, written, truth in zip(prompts, steps[-1].tolist(), x0):
-        texts = prompt, written[prompt_length:], truth[prompt_length:]
-        for title, text in zip(("prompt", "model", "truth"), (bytes(text).decode(errors="replace") for text in texts)):
-            say(f"    {title:<6}  {text!r}")
+        texts = {"prompt": prompt, "model": written[prompt_length:], "truth": truth[prompt_length:]}
+        for title, text in ((title, bytes(tokens).decode(errors="replace")) for title, tokens in texts.items()):
+            say(f"    {title:<6}  {text[-60:] if title == 'prompt' else text[:60]!r}")  # fits 80 columns
             report += as_code(title, text)
     for number in range(1, len(steps), math.ceil(len(steps) / 4)):
         report += as_code(
@@ -1538,52 +1570,46 @@ class Progress:
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"><style>
 svg{{font:14px ui-monospace,Menlo,Consolas,monospace;color:#1f2328;fill:currentColor}}.m{{color:#8c959f}}
 @media(prefers-color-scheme:dark){{svg{{color:#e6edf3}}.m{{color:#6e7681}}}}
-g{{animation:{seconds}s step-end infinite}}
+g{{animation:12s step-end infinite}}
 {style}</style>
 {groups}
 </svg>
 """
 
 
-def denoising_svg(steps, columns=72, seconds=12, max_frames=100):
-    """An animated picture of a sample's making, from the steps x [N, L] that a Progress kept: each character is a dot
-    until its last byte is unmasked. The animation is CSS, which plays within an <img>, in light and in dark mode."""
-    frames, line = {}, 0  # {frame: [(column, line, letter)]}; those of frame 0 were given
-    num_frames = min(len(steps) - 1, max_frames)
-    for number in range(len(steps[0])):
-        masked = (torch.stack([x[number] for x in steps]) == MASK).sum(dim=0)  # [L]: the pass that unmasked the byte
-        column, latest, decoder = 0, 0, codecs.getincrementaldecoder("utf-8")("replace")
-        for token, unmasked_in in zip(steps[-1][number].tolist(), masked.tolist()):
-            latest = max(latest, unmasked_in)
-            text = "" if token == PAD else decoder.decode(bytes([token]))
-            for letter in text:
-                width = 1 + (unicodedata.east_asian_width(letter) in "WF")
-                if letter == "\n" or column + width > columns:
-                    column, line = 0, line + 1
-                if letter != "\n":
-                    frame = math.ceil(latest * num_frames / max(1, len(steps) - 1))
-                    frames.setdefault(frame, []).append((column, line, letter if letter.isprintable() else "\ufffd"))
-                    column += width
-            latest = 0 if text else latest
+def denoising_svg(steps, columns=72, max_frames=100):
+    """An animated picture of a sample's making, from all steps x [N, L] that a Progress kept: each character in the
+    place that it has in the end, a dot while one of its bytes is masked, green when it is new. The animation is CSS,
+    which plays within an <img>, in light and in dark mode."""
+    last = min(len(steps) - 1, max_frames)  # frame
+    frames = torch.stack([steps[i * (len(steps) - 1) // max(1, last)] for i in range(last + 1)])  # [frames, N, L]
+    line, groups = 0, {}  # {(first frame, frame after the last): texts}
+    for row in frames.unbind(dim=1):
+        column, start, decoder = 0, 0, codecs.getincrementaldecoder("utf-8")("replace")
+        for i, token in enumerate(row[-1].tolist()):
+            if token == PAD or not (final := decoder.decode(bytes([token]))):
+                continue
+            width = max(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in final)
+            if column + width > columns or "\n" in final:
+                column, line = 0, line + 1
+            shown = [show_masks([MASK] if MASK in tokens else tokens) for tokens in row[:, start : i + 1].tolist()]
+            changes = [frame for frame in range(last + 1) if not frame or shown[frame] != shown[frame - 1]]
+            for first, end in zip(changes, [*changes[1:], last + 1]):
+                letter, place = shown[first].strip(), f'x="{8 + 8.43 * column:.0f}" y="{20 + 20 * line}"'
+                text = f"<text {place}>{html.escape(letter)}</text>" if letter else ""
+                groups[first, end] = groups.get((first, end), "") + text
+            column, start = column + width * ("\n" not in final), i + 1
         line += 2
-    style, groups = "", []
-    for frame, letters in sorted(frames.items()):
-        texts = "".join(as_svg_text(*letter) for letter in letters)
-        dots = "".join(as_svg_text(x, y, "·") for x, y, _ in letters)
-        if frame:
-            shown, plain = 85 * frame / num_frames, 85 * frame / num_frames + 4  # percent; green in between
-            style += (
-                f"@keyframes t{frame}{{0%{{opacity:0}}{shown:.1f}%{{fill:#2da44e}}{plain:.1f}%{{fill:currentColor}}}}\n"
-            )
-            style += f"@keyframes m{frame}{{0%{{opacity:1}}{shown:.1f}%,to{{opacity:0}}}}\n"
-            groups.append(f'<g class="m" style="animation-name:m{frame}">{dots}</g>')
-        groups.append(f'<g style="animation-name:t{frame}">{texts}</g>')
+    style, drawn = "", []
+    for number, ((first, end), texts) in enumerate(sorted(groups.items())):
+        if texts:
+            begin, plain, stop = (min(100, 85 * frame / max(1, last)) for frame in (first, first + 3, end))
+            style += f"@keyframes k{number}{{0%{{opacity:{int(not first)}}}{begin:.1f}%{{opacity:1;fill:#2da44e}}"
+            style += f"{min(plain, stop):.1f}%{{opacity:1;fill:currentColor}}"
+            style += "}\n" if end > last else f"{stop:.1f}%,to{{opacity:0}}}}\n"
+            drawn.append(f'<g class="{"m" if not first else "t"}" style="animation-name:k{number}">{texts}</g>')
     size = {"width": round(8.43 * columns) + 16, "height": 20 * (line - 1) + 12}
-    return SVG.format(**size, seconds=seconds, style=style, groups="\n".join(groups))
-
-
-def as_svg_text(column, line, letter):
-    return f'<text x="{8 + 8.43 * column:.0f}" y="{20 + 20 * line}">{html.escape(letter)}</text>'
+    return SVG.format(**size, style=style, groups="\n".join(drawn))
 
 
 # === Devices and processes ============================================================================================
@@ -1667,9 +1693,11 @@ def explained_errors(config):
         reason = str(error).strip().partition("\n")[0]
         too_large = "can't allocate memory" in reason or "Storage size" in reason
         if isinstance(error, torch.OutOfMemoryError) or too_large:
-            names = "batch_size", "max_length", "model_dim", "ffn_dim", "num_layers", "rope_max_length_buffer"
-            default = CONFIG(device=config.device)
-            names = sorted(names, key=lambda name: -max(1, getattr(config, name) / getattr(default, name)))
+            names, usual = (
+                ["batch_size", "max_length", "model_dim", "ffn_dim", "rope_max_length_buffer"],
+                CONFIG(device="cpu"),
+            )
+            names.sort(key=lambda name: -max(1, getattr(config, name) / getattr(usual, name)))
             sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
             raise TrainingError(f"out of memory with {sizes}; lower the first, or any of them ({reason})") from None
         if isinstance(error, dist.DistError) or "gloo" in reason:
@@ -1740,33 +1768,32 @@ def count_flops(function):
 
 
 def profile(config):
-    """Print the speed of training, its fraction of the rate of a large matrix product, its memory and the profiler's
-    table; write the trace. Returns 0."""
-    from torch.profiler import record_function
+    """Print the speed of training, its fraction of the rate of a large matrix product, its memory and where its time
+    goes by PyTorch's profiler, whose trace is written. Returns 0."""
     from torch.utils.benchmark import Timer
 
-    config = dataclasses.replace(config, gradient_accumulation_steps=1)
     write_starter_corpus(config)
     train_set, _ = open_datasets(config)
-    state, on_cuda, num_bytes = TrainingState(config), config.device.startswith("cuda"), bytes_per_step(config)
-
-    def train_step(loss_function):
-        t, noise = training_noise(config, step=0)
-        x0 = train_set.random_crops(config.seed, 0, slice(None), len(t)).to(config.device)
-        with record_function("forward"), autocast(config):
-            loss = loss_function(state.model, x0, t, noise)
-        with record_function("backward"):
-            state.scaler.scale(loss).backward()
-        with record_function("optimizer"):
-            optimizer_step(state)
-
-    x0 = train_set.random_crops(config.seed, 0, slice(None), config.batch_size).to(config.device)
-    flops = count_flops(lambda: masked_diffusion_loss(state.model, x0).backward())
+    state, on_cuda, num_bytes = (
+        TrainingState(config),
+        config.device.startswith("cuda"),
+        config.batch_size * config.max_length,
+    )
+    t, noise = training_noise(dataclasses.replace(config, gradient_accumulation_steps=1), step=0)
+    x0 = train_set.random_crops(config.seed, 0, slice(None), len(t)).to(config.device)
+    flops = count_flops(lambda: masked_diffusion_loss(state.model, x0, t, noise).backward())
     loss_function = compile_loss(state.model, config)
+
+    def train_step():
+        with autocast(config):
+            loss = loss_function(state.model, x0, t, noise)
+        state.scaler.scale(loss).backward()
+        optimizer_step(state)
+
     size = 8192 if on_cuda else 1024
     matrix = torch.randn(size, size, device=config.device, dtype=AMP_DTYPES[config.amp_dtype])
-    tasks = (lambda: matrix @ matrix), (lambda: train_step(loss_function))
-    timers = [Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads()) for task in tasks]
+    tasks = {"product": lambda: matrix @ matrix, "step": train_step}
+    timers = [Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads()) for task in tasks.values()]
     times = [[timer.timeit(1).mean for timer in timers] for _ in range(25)][5:]  # in turn; the first five warm up
     product_seconds, seconds = np.median(times, axis=0)
     rate, ceiling = flops / seconds, 2 * size**3 / product_seconds
@@ -1776,16 +1803,18 @@ def profile(config):
     if on_cuda:
         del matrix, tasks, timers  # are not the training's
         torch.cuda.reset_peak_memory_stats()
-        train_step(loss_function)
+        train_step()
         print(f"memory   {torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB at the peak, activations included")
     with torch.profiler.profile() as profiler:
-        train_step(loss_function)
-    run_dir = make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}"))
+        train_step()
+    run_dir, kind = (
+        make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}")),
+        "cuda" if on_cuda else "cpu",
+    )
     profiler.export_chrome_trace(str(run_dir / "trace.json"))
+    print(f"milliseconds of {kind} time in one step, with all that is called from there, and without it:")
     kind = "device" if on_cuda else "cpu"
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, f"{kind}_time_total"))
-    print(f"the longest parts of a step, milliseconds of {kind} time: with all that they call, and by themselves")
-    for event in events[:25]:
+    for event in sorted(profiler.key_averages(), key=lambda event: -getattr(event, f"{kind}_time_total"))[:25]:
         total, own = (getattr(event, f"{name}{kind}_time_total") / 1e3 for name in ("", "self_"))
         print(f"{total:10.2f} {own:10.2f}  {event.key[:60]}")
     print(f"trace    {run_dir / 'trace.json'} (open it in ui.perfetto.dev)")
@@ -1824,7 +1853,7 @@ MAY_BE_0 = {
     "dropout",
 }
 MAY_BE_0 |= {"temperature", "entropy_bound", "guidance_scale", "block_length", "cache_refresh", "inference_steps"}
-MAY_BE_0 |= {"num_samples", "ema_decay", "seed"}
+MAY_BE_0 |= {"num_samples", "ema_decay", "seed", "revision_sweeps"}
 
 
 def one_of(*choices):
@@ -1865,8 +1894,9 @@ def check_config(config):
                 "0 or more" if name in MAY_BE_0 else "above 0",
             )
             require(value <= most, name, value, f"at most {most:,}")
-        holds, accepted = CHECKS.get(name, (lambda v, c: True, ""))
-        require(holds(value, config), name, value, accepted.format(c=config))
+        if name in CHECKS:
+            holds, accepted = CHECKS[name]
+            require(holds(value, config), name, value, accepted.format(c=config))
 
 
 def require(condition, name, value, accepted):
@@ -1952,9 +1982,12 @@ def load_for_command(parser, fields, argv):
     return arguments, model, dataclasses.replace(config, **overrides), path, state["step"]
 
 
+SAMPLING = [field.name for field in dataclasses.fields(CONFIG)]
+SAMPLING = SAMPLING[SAMPLING.index("remasking") : SAMPLING.index("num_samples")]
+
+
 def generate_command(argv):
-    fields = [field.name for field in dataclasses.fields(CONFIG)]
-    fields = fields[fields.index("remasking") : fields.index("num_samples")] + ["seed", "device"]
+    fields = [*SAMPLING, "seed", "device"]
     parser = new_parser("generate", "Write text after a prompt, before a suffix, or into holes.")
     parser.add_argument("--prompt", default="", help="text to continue; {12} in it is a hole of 12 bytes")
     parser.add_argument("--suffix", default="", help="text to lead up to, which may have such holes, too")
@@ -1997,7 +2030,7 @@ MEMORIZED_BYTES = 2**26  # samples are compared with so much of the training tex
 
 
 def evaluate_command(argv):
-    fields = ["train_data_file", "validation_data_file", "max_length", "remasking", "temperature", "top_p", "device"]
+    fields = [*SAMPLING, "train_data_file", "validation_data_file", "max_length", "device"]
     parser = new_parser("evaluate", "Likelihoods, infilling and samples of a model, with their errors.")
     parser.add_argument("--file", metavar="TEXT", help="another text to evaluate on")
     parser.add_argument("--chunks", type=int, default=16, help="chunks, holes and samples of each figure but the bound")

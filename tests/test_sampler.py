@@ -16,7 +16,8 @@ import main
 
 
 def settings(**overrides):
-    plain = {"block_length": 0, "temperature": 0.7, "top_p": 1.0, "remasking": "low_confidence", "cache_refresh": 1}
+    plain = {"block_length": 0, "temperature": 0.7, "top_p": 1.0, "remasking": "low_confidence"}
+    plain |= {"cache_refresh": 1, "revision_sweeps": 0}
     return main.CONFIG(**{**TINY, **plain, **overrides})
 
 
@@ -89,6 +90,7 @@ def test_every_option_changes_the_result(model):
     base = settings(temperature=1.0, inference_steps=6)
     reference = main.run_conditional_diffusion_inference(model, b"", 12, base)
     changes = {"temperature": 0.0, "inference_steps": 2, "remasking": "random", "block_length": 3, "top_p": 0.5}
+    changes |= {"revision_sweeps": 1}
     for name, value in changes.items():
         changed = dataclasses.replace(base, **{name: value})
         assert main.run_conditional_diffusion_inference(model, b"", 12, changed) != reference, name
@@ -246,21 +248,8 @@ def naive_sampler(model, text, config, seed=0):
             for i in masked:
                 probs = logits[i].softmax(-1)
                 for_byte, for_order = noise[step % 16, i - start].tolist()
-                chosen[i] = probs.argmax().item()
-                if config.temperature:
-                    heated = (logits[i] / config.temperature).softmax(-1).tolist()
-                    allowed, total = set(), 0.0
-                    for byte in sorted(range(256), key=lambda byte: -heated[byte]):
-                        if total >= config.top_p and config.top_p < 1:
-                            break
-                        allowed.add(byte)
-                        total += heated[byte]
-                    left = for_byte * total
-                    for byte in sorted(allowed, key=lambda byte: (-heated[byte] if config.top_p < 1 else byte, byte)):
-                        left -= heated[byte]
-                        chosen[i] = byte
-                        if left < 0:
-                            break
+                top_p = 1.0 if config.revision_sweeps else config.top_p
+                chosen[i] = naive_draw(logits[i], config.temperature, top_p, for_byte)
                 ordered = sorted(probs.tolist(), reverse=True)
                 entropy = -sum(p * math.log(p) for p in ordered if p > 0)
                 scores[i] = {
@@ -287,7 +276,38 @@ def naive_sampler(model, text, config, seed=0):
             for i in ranking[:number]:
                 x[i] = chosen[i]
             step += 1
+    for sweep in range(1, config.revision_sweeps + 1):
+        generator = torch.Generator().manual_seed(main.derive_seed(seed, sweep, 1))
+        noise = torch.rand(1, span, generator=generator, dtype=torch.float64)[0].tolist()
+        for offset in range(5):
+            revised = [i for i in holes if (i - holes[0]) % 5 == offset]
+            xt = [main.MASK if i in revised else token for i, token in enumerate(x)]
+            logits = model(torch.tensor([xt]))[0]
+            if config.guidance_scale:
+                blind = [main.MASK if i in given else token for i, token in enumerate(xt)]
+                blind_logits = model(torch.tensor([blind]))[0]
+                logits = blind_logits + (config.guidance_scale + 1) * (logits - blind_logits)
+            for i in revised:
+                x[i] = naive_draw(logits[i], config.temperature, config.top_p, noise[i - holes[0]])
     return bytes(x)
+
+
+def naive_draw(logits, temperature, top_p, uniform):
+    if not temperature:
+        return logits.argmax().item()
+    heated = (logits / temperature).softmax(-1).tolist()
+    allowed, total = [], 0.0
+    for byte in sorted(range(256), key=lambda byte: -heated[byte]):
+        if total >= top_p and top_p < 1:
+            break
+        allowed.append(byte)
+        total += heated[byte]
+    left = uniform * total
+    for byte in allowed if top_p < 1 else sorted(allowed):
+        left -= heated[byte]
+        if left < 0:
+            break
+    return byte
 
 
 def random_settings(rng, strategy=None, **overrides):
@@ -297,6 +317,7 @@ def random_settings(rng, strategy=None, **overrides):
         temperature=rng.choice([0.0, 0.5, 1.0]),
         top_p=rng.choice([1.0, 0.6]),
         inference_steps=rng.randrange(20),
+        revision_sweeps=rng.choice([0, 0, 1, 2]),
         guidance_scale=rng.choice([0.0, 1.5]),
         confidence_threshold=rng.choice([0.05, 0.3, 0.9]),
         entropy_bound=rng.choice([0.0, 2.0, 12.0]),
@@ -452,7 +473,15 @@ def test_with_a_cache_most_passes_compute_the_block_alone(model):
     assert count_passes(model, text, settings(**options, cache_refresh=3)) == [16, 6, 6] * 4
 
 
-@pytest.mark.parametrize("options", [{"remasking": "random"}, {"remasking": "margin"}, {"block_length": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"remasking": "random"},
+        {"remasking": "margin"},
+        {"block_length": 1},
+        {"remasking": "random", "revision_sweeps": 2},
+    ],
+)
 def test_one_commit_per_step_samples_the_joint_distribution_of_a_perfect_model(options):
     """Chi-square test, 7 degrees of freedom: 24.3 is the 0.1 % point."""
     model, number = KnownJoint(), 4000
@@ -467,7 +496,8 @@ def test_one_commit_per_step_samples_the_joint_distribution_of_a_perfect_model(o
     counts.zero_()
     for a, b, c in fill(model, [[main.MASK] * 3] * number, config):
         counts[a, b, c] += 1
-    assert ((counts - expected) ** 2 / expected).sum() > 24.3 or config.block_length == 1
+    is_exact = config.block_length == 1 or config.revision_sweeps  # Gibbs sampling mends what was drawn all at once
+    assert ((counts - expected) ** 2 / expected).sum() > 24.3 or is_exact
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ class CONFIG:
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are unmasked
     entropy_bound: float = 1.0  # nats, of the strategy entropy_bound: higher unmasks more bytes at once
     temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
-    revision_sweeps: int = 4  # after the first draft each byte is drawn anew so many times, its neighbours in view
+    revision_sweeps: int = 8  # after the first draft each byte is drawn anew so many times, its neighbours in view
     top_p: float = 0.5  # revisions (without any: the draft) draw from the most probable bytes that have this in sum
     guidance_scale: float = 0.0  # classifier-free guidance: away from what the model says without the prompt; 0: none
     block_length: int = 16  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block

@@ -198,7 +198,7 @@ def test_a_sample_that_cannot_be_is_refused_in_one_line(trained, flags, named):
 
 def test_holes_in_a_prompt_are_filled_and_several_samples_differ(trained):
     folder, _ = trained
-    done = run_main(folder, "generate", "--prompt", "be{3}not{2}", "--samples", "3", "--temperature", "5")
+    done = run_main(folder, "generate", "--prompt", "be{3}not{2}", "--samples", "3", "--top_p", "1")
     assert done.returncode == 0, done.stderr
     assert main.holes_to_masks("be{3}not{2}") == [*b"be", *[main.MASK] * 3, *b"not", *[main.MASK] * 2]
     parts = re.split(r"--- seed (\d+)\n", done.stdout)
@@ -261,7 +261,7 @@ def test_profile_reports_speed_fraction_of_the_ceiling_and_where_the_time_goes(t
     assert done.returncode == 0, done.stderr
     assert re.search(r"speed    [\d,]+ bytes/s", done.stdout)
     assert re.search(r"compute  [\d.,]+ GFLOP/s, \d+% of", done.stdout)
-    for part in ("forward", "backward", "optimizer", "aten::"):
+    for part in ("Optimizer.step", "aten::", "Backward"):
         assert part in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
     (trace,) = text_folder.glob("runs/*/trace.json")
@@ -335,7 +335,7 @@ def test_the_saved_picture_shows_in_each_frame_what_the_sampler_had_then(model, 
 
 def test_a_long_picture_stays_small(model, config):
     with main.closing(main.Progress(keeps_all=True)) as progress:
-        main.run_conditional_diffusion_inference(model, ["To be"] * 2, 400, config, on_step=progress)
+        main.run_conditional_diffusion_inference(model, ["To be"] * 2, 300, config, on_step=progress)
     assert len(main.denoising_svg(progress.steps).encode()) < 200_000
 
 

@@ -287,8 +287,8 @@ class MultiHeadAttention(SimplifiedMLAttention):
 
 
 class MultiHeadLatentAttention(Attention):
-    """Multi-head latent attention with all of its parts (DeepSeek-V2, arXiv 2405.04434, sec. 2.1, with direct queries as
-    in its Lite version): RMSNorm on the latent, and RoPE apart from it, on a part of each query and on one key that all
+    """Multi-head latent attention with all of its parts (DeepSeek-V2, arXiv 2405.04434, sec. 2.1, with direct queries
+    as in its Lite version): RMSNorm on the latent, and RoPE apart from it, on a part of each query and on one key that all
     heads share. The names are those of its code."""
 
     def __init__(self, config):
@@ -544,9 +544,9 @@ def score_positions(strategy, logits, drawn, uniform):
     margin                       distance of the two highest probabilities (Dream, arXiv 2508.15487)
     entropy, entropy_bound       minus the entropy in nats (Dream; EB-Sampler, arXiv 2505.24857)
 
-    Random, margin and entropy do not look at the drawn byte, so with one byte per pass, temperature and top_p 1 and
-    cache_refresh 1 they sample exactly from the model. The probability of the drawn byte favours the most probable
-    bytes anew in each pass: on text with runs of spaces it ends in nothing but spaces.
+    Random, margin and entropy do not look at the drawn byte, so with one byte per pass, temperature, top_p and
+    cache_refresh 1 and no revisions they sample exactly from the model. The probability of the drawn byte favours the
+    most probable bytes anew in each pass: on text with runs of spaces it ends in nothing but spaces.
     """
     if strategy == "random":
         return uniform
@@ -617,17 +617,15 @@ def denoise(model, x, config, seeds):
     If revisions follow (see `revise`) the draft is drawn from all bytes, whatever top_p is.
 
     With a cache a pass computes the block alone. What it sees of all other positions was computed before: by a pass
-    over the whole sequence, at every `cache_refresh`-th pass of a block or just once at the start, and by the first pass
-    of a block, which computes the block before once more.
+    over the whole sequence, at every `cache_refresh`-th pass of a block or just once at the start, and by the first
+    pass of a block, which computes the block before once more.
     """
     attention_mask = x != PAD if (x == PAD).any() else None
     is_given, cache, previous, plan = x != MASK, None, slice(0, 0), plan_blocks(x, config)
     top_p = 1.0 if config.revision_sweeps else config.top_p
     yield x
     for block, passes in plan:
-        generators = [
-            torch.Generator(x.device).manual_seed(derive_seed(s, block.start - plan[0][0].start)) for s in seeds
-        ]
+        generators = generators_of(seeds, block.start - plan[0][0].start, device=x.device)
         for number in itertools.count():
             is_masked = x[:, block] == MASK  # [N, W]
             if not is_masked.any():  # the only wait for a GPU in a pass
@@ -651,6 +649,10 @@ def denoise(model, x, config, seeds):
         previous = block
 
 
+def generators_of(seeds, *numbers, device):
+    return [torch.Generator(device).manual_seed(derive_seed(seed, *numbers)) for seed in seeds]
+
+
 def draw_uniform(generators, *shape):
     """Noise in [0, 1), shape [shape[0], N, ...], the n-th row from generators[n]; float64 where the device has it."""
     device = generators[0].device
@@ -665,9 +667,9 @@ REVISION_STRIDE = 5  # bytes that are drawn anew at once are so far from each ot
 def revise(model, x, is_given, config, seeds):
     """Draw the bytes of x [N, L] that were not given anew, `revision_sweeps` times; yields x after each pass.
 
-    A pass masks every fifth of them, and predicts these from all others: Gibbs sampling, were it one byte at a time and
-    top_p 1. Cutting the tail here, where the neighbours are known, mends misspelt words. Cut in the first draft, it makes
-    the most common byte more common still: a run of spaces that goes on with probability 0.9 would never end.
+    A pass masks every fifth of them, and predicts these from all others: Gibbs sampling, were it one byte at a time
+    and top_p 1. Cutting the tail here, where the neighbours are known, mends misspelt words. Cut in the first draft, it
+    makes the most common byte more common still: a run of spaces that goes on with probability 0.9 would never end.
     """
     attention_mask = x != PAD if (x == PAD).any() else None
     columns = (~is_given).any(dim=0).nonzero().flatten().tolist()
@@ -676,9 +678,7 @@ def revise(model, x, is_given, config, seeds):
     block = slice(columns[0], columns[-1] + 1)
     position = torch.arange(block.stop - block.start, device=x.device)
     for sweep in range(1, config.revision_sweeps + 1):
-        noise = draw_uniform(
-            [torch.Generator(x.device).manual_seed(derive_seed(s, sweep, 1)) for s in seeds], 1, len(position)
-        )
+        noise = draw_uniform(generators_of(seeds, sweep, 1, device=x.device), 1, len(position))
         for offset in range(REVISION_STRIDE):
             is_revised = ~is_given[:, block] & (position % REVISION_STRIDE == offset)
             x[:, block] = x[:, block].masked_fill(is_revised, MASK)
@@ -805,9 +805,8 @@ def train(config, run_dir=None, checkpoint=None):
     num_bytes = min(len(validation_set.bytes), FINAL_VALIDATION_BYTES)
     minutes, validating = tqdm.format_interval(60 * state.minutes), tqdm.format_interval(log.validating)
     say(f"done: {state.step:,} steps in {minutes}; all validations took {validating}")
-    say(
-        f"final {KIND[config.objective]} on {num_bytes:,} bytes of validation text: {bound:.3f} ± {error:.3f} bits per byte"
-    )
+    kind = KIND[config.objective]
+    say(f"final {kind} on {num_bytes:,} bytes of validation text: {bound:.3f} ± {error:.3f} bits per byte")
     say(f"try the best checkpoint: python main.py generate --checkpoint '{run_dir}' --watch")
     return 128 + received[0] if received else 0
 
@@ -837,8 +836,8 @@ def learning_rate_scale(config, step, minutes):
 
 @torch.no_grad()
 def optimizer_step(state):
-    """Clip the gradients, update and average the weights; returns the norm of the gradients before. In fp16 a step whose
-    gradients are not finite is skipped, and the GradScaler lowers its scale."""
+    """Clip the gradients, update and average the weights; returns the norm of the gradients before. In fp16 a step
+    whose gradients are not finite is skipped, and the GradScaler lowers its scale."""
     config, scaler = state.config, state.scaler
     scale = learning_rate_scale(config, state.step, state.minutes)
     for optimizer, peak in zip(state.optimizers, (config.learning_rate, config.muon_learning_rate)):
@@ -959,8 +958,8 @@ def by_mask_ratio(ratios, bits, accuracy, bins=10):
 def exact_likelihood(model, x0, order="left_to_right", start=0):
     """Bits of each byte of x0 [B, L] from `start` on, given those before, by the chain rule: float64 [B, L - start].
 
-    Bytes are predicted one by one, those not yet predicted masked. The sum is the exact -log2 p(x0[start:] | x0[:start])
-    of decoding in that order: `left_to_right`, as an autoregressive model has it, or `most_confident_first`, which
+    Bytes are predicted one by one, those not yet predicted masked. The sum is the exact -log2 of
+    p(x0[start:] | x0[:start]) of decoding in that order: `left_to_right`, as an autoregressive model has it, or `most_confident_first`, which
     follows from the bytes seen so far alone and therefore is exact, too (DUEL, arXiv 2603.01367).
     """
     rows, xt = torch.arange(len(x0), device=x0.device), x0.clone()
@@ -1438,13 +1437,13 @@ class Log:
         self.writer.close()
 
     def step(self, loss, norm):
-        """Report a step from its loss and gradient norm, scalars on the device. TrainingError if they are not finite."""
+        """Report a step from its loss and gradient norm, scalars on the device. TrainingError: they are not finite."""
         config, step, writer = self.config, self.state.step, self.writer
         loss, norm = (over_processes("sum", [loss.item(), norm.item()]) / world_size()).tolist()  # waits for the device
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
             raise TrainingError(
-                f"step {step:,}: the loss is {loss:.3g}, the norm of the gradient {norm:.3g}; the checkpoints hold the last "
-                "good weights; lower --learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
+                f"step {step:,}: the loss is {loss:.3g}, the norm of the gradient {norm:.3g}; the checkpoints hold "
+                "the last good weights; lower --learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
             )
         seconds, steps = time.perf_counter() - self.started, max(1, step - self.first_step)
         bytes_per_second = steps * bytes_per_step(config) / seconds
@@ -1660,7 +1659,7 @@ def threads_for(num_positions):
 
 
 def claim_gpu(config):
-    """Makes config.device, if it is a GPU, the one that torch means by default; in a torchrun each process has its own."""
+    """Makes config.device, if it is a GPU, the one that torch takes by default; in a torchrun one for each process."""
     if config.device.startswith("cuda"):
         if "RANK" in os.environ:
             number, found = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
@@ -1748,7 +1747,7 @@ def over_processes(operation, numbers):
 
 
 def agree(state, minutes, received):
-    """[minutes, signal that was received or 0], alike in all processes; several ask each other every log_every steps."""
+    """[minutes, signal received or 0], alike in all processes; several ask each other every log_every steps."""
     is_asked = state.step % state.config.log_every == 0 or state.step >= state.config.max_steps
     if dist.is_initialized() and not is_asked:
         return state.minutes, 0

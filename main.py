@@ -288,8 +288,8 @@ class MultiHeadAttention(SimplifiedMLAttention):
 
 class MultiHeadLatentAttention(Attention):
     """Multi-head latent attention with all of its parts (DeepSeek-V2, arXiv 2405.04434, sec. 2.1, with direct queries
-    as in its Lite version): RMSNorm on the latent, and RoPE apart from it, on a part of each query and on one key that all
-    heads share. The names are those of its code."""
+    as in its Lite version): RMSNorm on the latent, and RoPE apart from it, on a part of each query and on one key that
+    all heads share. The names are those of its code."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -959,8 +959,9 @@ def exact_likelihood(model, x0, order="left_to_right", start=0):
     """Bits of each byte of x0 [B, L] from `start` on, given those before, by the chain rule: float64 [B, L - start].
 
     Bytes are predicted one by one, those not yet predicted masked. The sum is the exact -log2 of
-    p(x0[start:] | x0[:start]) of decoding in that order: `left_to_right`, as an autoregressive model has it, or `most_confident_first`, which
-    follows from the bytes seen so far alone and therefore is exact, too (DUEL, arXiv 2603.01367).
+    p(x0[start:] | x0[:start]) of decoding in that order: `left_to_right`, as an autoregressive model has it, or
+    `most_confident_first`, which follows from the bytes seen so far alone and therefore is exact, too (DUEL, arXiv
+    2603.01367).
     """
     rows, xt = torch.arange(len(x0), device=x0.device), x0.clone()
     xt[:, start:] = MASK

@@ -111,12 +111,12 @@ def frontier():
     titles = "passes | bytes/s | against LLaDA | exact | by the judge | known words | entropy | white space | distinct"
     print(f"| flags | {titles} |\n|---{'|---' * 9}|")
     slowest = statistics.median(results[LLADA][1])
-    for row, (samples, seconds, passes) in (results | {"the true continuation": (truth, [], [])}).items():
+    for row, (samples, seconds, counts) in (results | {"the true continuation": (truth, [], [])}).items():
         s = main.text_statistics(samples, training_text)
         speed = "| | "
         if seconds:
             median = statistics.median(seconds)
-            speed = f"{statistics.mean(passes):.0f} | {length / median:,.0f} | {slowest / median:.1f}"
+            speed = f"{statistics.mean(counts):.0f} | {length / median:,.0f} | {slowest / median:.1f}"
         judged = f"{exact_bits(judge, samples):.2f}" if judge else ""
         print(
             f"| `{row or 'the defaults'}` | {speed} | {exact_bits(model, samples):.2f} | {judged} | {s['known words']:.2f} | "

@@ -119,7 +119,7 @@ class CONFIG:
 
     # Not in the papers: what makes the model learn faster (README, Results); 0 switches each off
     conv_width: int = 9  # bytes, odd: depthwise convolution before each block
-    mask_ratio_std: float = 0.1  # training draws the mask ratio from a normal around 1/2; 0: uniform, the bound itself
+    mask_ratio_std: float = 0.1  # training draws the mask ratio from a normal around 0.45; 0: uniform, the bound itself
     muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the blocks; 0: AdamW for all
 
     # Optimization
@@ -449,10 +449,10 @@ def draw_noise(num_rows, length, generator):
 
 
 def bell_quantile(t, std):
-    """What training does with t: quantiles of the uniform distribution become those of a normal around 1/2, clamped to
+    """What training does with t: quantiles of the uniform distribution become those of a normal around 0.45, clamped to
     [0, 1). Almost all or almost nothing masked teaches little: after 2,000 steps of the default CPU size the bound is
     0.13 bits per byte better. The loss is then a weighted bound. (Apple GPUs have no torch.special.ndtri.)"""
-    return (0.5 + std * math.sqrt(2) * torch.erfinv(2 * t - 1)).clamp(0, 1 - 1e-6) if std else t
+    return (0.45 + std * math.sqrt(2) * torch.erfinv(2 * t - 1)).clamp(0, 1 - 1e-6) if std else t
 
 
 def choose_positions(candidates, scores, counts):
@@ -604,6 +604,9 @@ def predict_block(model, x, block, attention_mask, is_given, cache, guidance_sca
     return unconditional + (1 + guidance_scale) * (logits - unconditional)
 
 
+DRAFT_TOP_P = 0.98  # at 1 some samples hold a run of odd signs that revisions keep; at 0.9 runs of spaces never end
+
+
 @torch.inference_mode()
 def denoise(model, x, config, seeds):
     """Fill every MASK of x [N, L] in place; yields x before the first pass and after each.
@@ -614,7 +617,7 @@ def denoise(model, x, config, seeds):
     remask all but the most confident, hence the name of the field `remasking`.) Given bytes never change, PAD is not
     seen. The noise of a row follows from its seed and the block: what it draws does not depend on the other rows.
 
-    If revisions follow (see `revise`) the draft is drawn from all bytes, whatever top_p is.
+    If revisions follow (see `revise`), top_p is theirs, and the draft leaves out only what is all but impossible.
 
     With a cache a pass computes the block alone. What it sees of all other positions was computed before: by a pass
     over the whole sequence, at every `cache_refresh`-th pass of a block or just once at the start, and by the first
@@ -622,7 +625,7 @@ def denoise(model, x, config, seeds):
     """
     attention_mask = x != PAD if (x == PAD).any() else None
     is_given, cache, previous, plan = x != MASK, None, slice(0, 0), plan_blocks(x, config)
-    top_p = 1.0 if config.revision_sweeps else config.top_p
+    top_p = max(config.top_p, DRAFT_TOP_P) if config.revision_sweeps else config.top_p
     yield x
     for block, passes in plan:
         generators = generators_of(seeds, block.start - plan[0][0].start, device=x.device)
@@ -874,8 +877,8 @@ def validate(state, train_set, validation_set, log):
         for end, some_bits, accuracy in (
             by_mask_ratio(ratios, bits, accuracies) if config.objective == "diffusion" else []
         ):
-            writer.add_scalar(f"val_bits_by_mask_ratio/to_{end:03d}_percent", some_bits.mean(), step)
-            writer.add_scalar(f"val_accuracy_by_mask_ratio/to_{end:03d}_percent", accuracy.mean(), step)
+            writer.add_scalar(f"validation_bits_by_mask_ratio/to_{end:03d}_percent", some_bits.mean(), step)
+            writer.add_scalar(f"validation_accuracy_by_mask_ratio/to_{end:03d}_percent", accuracy.mean(), step)
         if config.num_samples:
             show_samples(state, validation_set, log, f"## step {step:,}: {kind} {bound:.3f} bits per byte\n\n")
         if is_best:
@@ -967,9 +970,7 @@ def exact_likelihood(model, x0, order="left_to_right", start=0):
     xt[:, start:] = MASK
     bits = torch.zeros(x0.shape, dtype=torch.double)
     with evaluation_mode(model):
-        for step in tqdm(
-            range(start, x0.shape[1]), order, leave=False, disable=None
-        ):  # None: shown on a terminal alone
+        for step in tqdm(range(start, x0.shape[1]), order, leave=False, disable=None):  # None: on a terminal alone
             log_probs = model(xt).log_softmax(dim=-1)
             positions = torch.full_like(rows, step)
             if order == "most_confident_first":
@@ -1008,7 +1009,7 @@ def text_statistics(texts, training_text):
     }
 
 
-FAR_OFF = {  # samples whose figure leaves this range of (value - that of the text itself, value / it) are marked
+FAR_OFF = {  # a figure of the samples is marked if this holds for its value and that of the text itself
     "known words": lambda value, text: value < 0.9 * text,
     "distinct word triples": lambda value, text: value < 0.9 * text,
     "byte entropy": lambda value, text: abs(value - text) > 0.1 * text,
@@ -1396,8 +1397,8 @@ KIND = {"diffusion": "bound", "autoregressive": "exact likelihood"}  # of the li
 CUSTOM_SCALARS = {
     "bound": {"training and validation text": ["Multiline", ["train/bits_per_byte", "val/.*bits_per_byte"]]},
     "by mask ratio": {
-        "cross-entropy": ["Multiline", ["val_bits_by_mask_ratio/.*"]],
-        "accuracy": ["Multiline", ["val_accuracy_by_mask_ratio/.*"]],
+        "cross-entropy": ["Multiline", ["validation_bits_by_mask_ratio/.*"]],
+        "accuracy": ["Multiline", ["validation_accuracy_by_mask_ratio/.*"]],
     },
 }
 
@@ -1442,10 +1443,9 @@ class Log:
         config, step, writer = self.config, self.state.step, self.writer
         loss, norm = (over_processes("sum", [loss.item(), norm.item()]) / world_size()).tolist()  # waits for the device
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
-            raise TrainingError(
-                f"step {step:,}: the loss is {loss:.3g}, the norm of the gradient {norm:.3g}; the checkpoints hold "
-                "the last good weights; lower --learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
-            )
+            found = f"step {step:,}: the loss is {loss:.3g}, the norm of the gradient {norm:.3g}; the checkpoints hold "
+            hint = "lower --learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
+            raise TrainingError(found + "the last good weights; " + hint)
         seconds, steps = time.perf_counter() - self.started, max(1, step - self.first_step)
         bytes_per_second = steps * bytes_per_step(config) / seconds
         left = (config.max_steps - step) * seconds / steps
@@ -1502,9 +1502,8 @@ def show_samples(state, validation_set, log, report):
             say(f"    {title:<6}  {text[-60:] if title == 'prompt' else text[:60]!r}")  # fits 80 columns
             report += as_code(title, text)
     for number in range(1, len(steps), math.ceil(len(steps) / 4)):
-        report += as_code(
-            f"the first sample after {number} of {len(steps) - 1} passes", show_masks(steps[number][0].tolist())
-        )
+        title = f"the first sample after {number} of {len(steps) - 1} passes"
+        report += as_code(title, show_masks(steps[number][0].tolist()))
     log.writer.add_text("samples", report, state.step)
     with suppress(OSError), open(log.run_dir / "samples.txt", "a", encoding="utf-8") as file:  # a disk may be full
         file.write(report)
@@ -1693,10 +1692,8 @@ def explained_errors(config):
         reason = str(error).strip().partition("\n")[0]
         too_large = "can't allocate memory" in reason or "Storage size" in reason
         if isinstance(error, torch.OutOfMemoryError) or too_large:
-            names, usual = (
-                ["batch_size", "max_length", "model_dim", "ffn_dim", "rope_max_length_buffer"],
-                CONFIG(device="cpu"),
-            )
+            usual = CONFIG(device="cpu")
+            names = ["batch_size", "max_length", "model_dim", "ffn_dim", "rope_max_length_buffer"]
             names.sort(key=lambda name: -max(1, getattr(config, name) / getattr(usual, name)))
             sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
             raise TrainingError(f"out of memory with {sizes}; lower the first, or any of them ({reason})") from None
@@ -1774,11 +1771,7 @@ def profile(config):
 
     write_starter_corpus(config)
     train_set, _ = open_datasets(config)
-    state, on_cuda, num_bytes = (
-        TrainingState(config),
-        config.device.startswith("cuda"),
-        config.batch_size * config.max_length,
-    )
+    state, on_cuda, num_bytes = TrainingState(config), "cuda" in config.device, config.batch_size * config.max_length
     t, noise = training_noise(dataclasses.replace(config, gradient_accumulation_steps=1), step=0)
     x0 = train_set.random_crops(config.seed, 0, slice(None), len(t)).to(config.device)
     flops = count_flops(lambda: masked_diffusion_loss(state.model, x0, t, noise).backward())
@@ -1807,12 +1800,9 @@ def profile(config):
         print(f"memory   {torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB at the peak, activations included")
     with torch.profiler.profile() as profiler:
         train_step()
-    run_dir, kind = (
-        make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}")),
-        "cuda" if on_cuda else "cpu",
-    )
+    run_dir = make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}"))
     profiler.export_chrome_trace(str(run_dir / "trace.json"))
-    print(f"milliseconds of {kind} time in one step, with all that is called from there, and without it:")
+    print("milliseconds of one step, with all that is called from there, and without it:")
     kind = "device" if on_cuda else "cpu"
     for event in sorted(profiler.key_averages(), key=lambda event: -getattr(event, f"{kind}_time_total"))[:25]:
         total, own = (getattr(event, f"{name}{kind}_time_total") / 1e3 for name in ("", "self_"))
@@ -1843,17 +1833,10 @@ def resolve_defaults(config):
 
 
 STRATEGIES = ("random", "low_confidence", "margin", "entropy", "threshold", "entropy_bound")
-MAY_BE_0 = {
-    "conv_width",
-    "mask_ratio_std",
-    "muon_learning_rate",
-    "weight_decay",
-    "warmup_steps",
-    "max_minutes",
-    "dropout",
-}
-MAY_BE_0 |= {"temperature", "entropy_bound", "guidance_scale", "block_length", "cache_refresh", "inference_steps"}
-MAY_BE_0 |= {"num_samples", "ema_decay", "seed", "revision_sweeps"}
+MAY_BE_0 = "conv_width mask_ratio_std muon_learning_rate weight_decay warmup_steps max_minutes dropout ema_decay seed "
+MAY_BE_0 += (
+    "inference_steps temperature entropy_bound revision_sweeps guidance_scale block_length cache_refresh num_samples"
+)
 
 
 def one_of(*choices):
@@ -1886,13 +1869,8 @@ CHECKS = {  # field: (what holds for its value v and CONFIG c, what the field mu
 def check_config(config):
     for name, value in vars(config).items():
         if type(value) in (int, float):
-            most = 2**63 - 1 if name == "seed" else 10**9
-            require(
-                value > 0 or value == 0 and name in MAY_BE_0,
-                name,
-                value,
-                "0 or more" if name in MAY_BE_0 else "above 0",
-            )
+            may_be_0, most = name in MAY_BE_0.split(), 2**63 - 1 if name == "seed" else 10**9
+            require(value > 0 or value == 0 and may_be_0, name, value, "0 or more" if may_be_0 else "above 0")
             require(value <= most, name, value, f"at most {most:,}")
         if name in CHECKS:
             holds, accepted = CHECKS[name]
@@ -1955,9 +1933,7 @@ def add_config_flags(parser, only=None):
 
 def train_command(argv):
     parser = new_parser("[train]", "Train. Other commands: generate, evaluate, profile")
-    parser.add_argument(
-        "--resume", metavar="RUN", help="go on with this run (folder or checkpoint), or the newest: auto"
-    )
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run (folder or checkpoint); auto: the newest")
     add_config_flags(parser)
     overrides = vars(parser.parse_args(argv))
     run_dir, checkpoint = overrides.pop("resume"), None
@@ -1991,9 +1967,7 @@ def generate_command(argv):
     parser = new_parser("generate", "Write text after a prompt, before a suffix, or into holes.")
     parser.add_argument("--prompt", default="", help="text to continue; {12} in it is a hole of 12 bytes")
     parser.add_argument("--suffix", default="", help="text to lead up to, which may have such holes, too")
-    parser.add_argument(
-        "--response_length", type=int, help="bytes to write (default: up to max_length, 0 if the prompt has holes)"
-    )
+    parser.add_argument("--response_length", type=int, help="bytes to write (default: up to max_length; 0 with holes)")
     parser.add_argument("--samples", type=int, default=1, help="how many, in one batch, with seeds from --seed on")
     parser.add_argument("--watch", action="store_true", help="show the text emerge, pass by pass, in a terminal")
     parser.add_argument("--save", metavar="FILE.svg", help="save this as a moving picture for a browser or a README")
@@ -2007,9 +1981,8 @@ def generate_command(argv):
         accepted = f"below max_length={config.max_length}, or give --response_length"
         require(length > 0 or MASK in given, "prompt", f"{len(given)} bytes", accepted)
     with explained_errors(config), closing(Progress(arguments.watch, bool(arguments.save))) as progress:
-        samples = run_conditional_diffusion_inference(
-            model, [prompt] * arguments.samples, length, config, suffix, on_step=progress
-        )
+        prompts = [prompt] * arguments.samples
+        samples = run_conditional_diffusion_inference(model, prompts, length, config, suffix, on_step=progress)
     if arguments.save:
         Path(arguments.save).write_text(denoising_svg(progress.steps), encoding="utf-8")
     for number, text in enumerate(samples):
@@ -2047,10 +2020,7 @@ def evaluate_command(argv):
         rows = evaluate(model, config, dataset, training_text, arguments.chunks, arguments.seed)
     print(json.dumps(rows, indent=2) if arguments.json else as_table(rows))
     writer = Writer(path.parent if path.is_file() else path)
-    for row in rows:
-        if row["value"] is not None:
-            writer.add_scalar("evaluate/" + re.sub(r"\W+", "_", row["figure"]), row["value"], step)
-    writer.add_text("evaluate", as_code(printable(os.fsencode(dataset.path)), as_table(rows)), step)
+    writer.add_text("val/evaluate", as_code(printable(os.fsencode(dataset.path)), as_table(rows)), step)
     writer.close()
     print(f"({path}, step {step:,}, {dataset.path}, {len(dataset.bytes):,} bytes)", file=sys.stderr)
     return 0

@@ -180,10 +180,10 @@ def test_the_mask_ratios_of_a_step_are_stratified_anew_over_the_whole_batch():
     assert max(offsets) - min(offsets) > 0.8
 
 
-def test_the_bell_has_the_quantiles_of_a_normal_around_one_half():
+def test_the_bell_has_the_quantiles_of_a_normal_a_little_below_one_half():
     t = (torch.arange(100_000) + 0.5) / 100_000
     bell = main.bell_quantile(t, 0.15)
-    assert bell.mean().item() == pytest.approx(0.5, abs=1e-3)
+    assert bell.mean().item() == pytest.approx(0.45, abs=1e-3)
     assert bell.std().item() == pytest.approx(0.15, rel=0.01)
     assert (main.bell_quantile(torch.tensor([0.0, 0.5, 0.999999]), 0.5) < 1).all()
     assert (main.bell_quantile(torch.tensor([0.0, 0.5, 0.999999]), 0.5) >= 0).all()

@@ -123,7 +123,11 @@ def test_a_run_writes_what_the_readme_promises(text_folder):
     assert run_dir.name.startswith("diffusion_")
     assert {"latest.pt", "best.pt", "config.json", "samples.txt"} < {p.name for p in run_dir.iterdir()}
     scalars = read_scalars(run_dir)
-    tens = {f"val_{kind}_by_mask_ratio/to_{n:03d}_percent" for kind in ("bits", "accuracy") for n in range(10, 101, 10)}
+    tens = {
+        f"validation_{kind}_by_mask_ratio/to_{n:03d}_percent"
+        for kind in ("bits", "accuracy")
+        for n in range(10, 101, 10)
+    }
     assert set(scalars) == {
         *("train/loss", "train/bits_per_byte", "train/learning_rate", "train/gradient_norm", "train/bytes_per_second"),
         *("val/bits_per_byte", "val/best_bits_per_byte", "val/final_bits_per_byte", *tens),

@@ -3,7 +3,7 @@
     python tests/frontier.py --checkpoint runs/NAME_TIME --response_length 512
 
 Each row is a list of flags of `python main.py generate`; `--bytes_per_pass N` stands for so many `inference_steps`. Speeds
-are medians over the samples, all rows in turn for each sample, so that all meet the same machine. `--judge RUN` adds the
+are medians over the batches, all rows in turn for each batch, so that all meet the same machine. `--judge RUN` adds the
 bits per byte that another model, such as an autoregressive twin, gives the samples. `tests` does not run this file.
 """
 
@@ -52,18 +52,16 @@ def exact_bits(model, samples, max_length=128):
     return torch.cat(bits, dim=1).mean().item()
 
 
-def timed(sampler, *options):
-    started = time.perf_counter()
-    sample = sampler(*options)
-    return sample, time.perf_counter() - started
-
-
-def ours(model, prompt, length, config, seed):
+def ours(model, prompts, length, config, seed):
     last = []
     main.run_conditional_diffusion_inference(
-        model, prompt, length, config, seed=seed, on_step=lambda x: last.__setitem__(slice(None), [x])
+        model, prompts, length, config, seed=seed, on_step=lambda x: last.__setitem__(slice(None), [x])
     )
-    return bytes(last[0][0].tolist())
+    return [bytes(row) for row in last[0].tolist()]
+
+
+def plain_llada(model, prompts, length, config, seed):
+    return [llada_generate(model, prompt, length, length, config.block_length, 1.0, seed)[0] for prompt in prompts]
 
 
 def frontier():
@@ -75,6 +73,7 @@ def frontier():
     parser.add_argument("--response_length", type=int, default=512)
     parser.add_argument("--prompt_length", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=1, help="samples per batch; LLaDA's row is one by one")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", default=ROWS, help="lists of flags, one per line")
     arguments = parser.parse_args()
@@ -91,32 +90,30 @@ def frontier():
 
     passes = [0]
     model.layers[0].register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
-    results = {row: ([], [], []) for row in [LLADA, *rows]}
+    results = {row: ([], [], []) for row in [LLADA] * (not main.is_autoregressive(model)) + rows}
 
-    def note(row, sampler, *options):
-        passes[0] = 0
-        sample, seconds = timed(sampler, model, *options)
-        for column, value in zip(results[row], (sample[skip:], seconds, passes[0]), strict=True):
-            column.append(value)
-
-    for seed, prompt in enumerate(prompts):
-        note(
-            LLADA, lambda *options: llada_generate(*options)[0], prompt, length, length, config.block_length, 1.0, seed
-        )
-        for row in rows:
-            note(row, ours, prompt, length, configs[row], seed)
-    print(
-        f"{length} bytes in blocks of {config.block_length}, after {skip}; {arguments.samples} samples, {config.device}"
+    for first in range(0, arguments.samples, arguments.batch_size):
+        batch = prompts[first : first + arguments.batch_size]
+        for row, columns in results.items():
+            passes[0], started = 0, time.perf_counter()
+            samples = (plain_llada if row == LLADA else ours)(model, batch, length, configs.get(row, config), first)
+            seconds = (time.perf_counter() - started) / len(batch)
+            number = passes[0] / (len(batch) if row == LLADA else 1)
+            for column, values in zip(columns, ([s[skip:] for s in samples], [seconds], [number]), strict=True):
+                column.extend(values)
+    print(f"{length} bytes in blocks of {config.block_length}, after {skip}, on {config.device}; ", end="")
+    print(f"{arguments.samples} samples in batches of {arguments.batch_size}")
+    titles = (
+        "passes | bytes/s | against the first | exact | by the judge | known words | entropy | white space | distinct"
     )
-    titles = "passes | bytes/s | against LLaDA | exact | by the judge | known words | entropy | white space | distinct"
     print(f"| flags | {titles} |\n|---{'|---' * 9}|")
-    slowest = statistics.median(results[LLADA][1])
+    reference = statistics.median(next(iter(results.values()))[1])
     for row, (samples, seconds, counts) in (results | {"the true continuation": (truth, [], [])}).items():
         s = main.text_statistics(samples, training_text)
         speed = "| | "
         if seconds:
             median = statistics.median(seconds)
-            speed = f"{statistics.mean(counts):.0f} | {length / median:,.0f} | {slowest / median:.1f}"
+            speed = f"{statistics.mean(counts):.0f} | {length / median:,.0f} | {reference / median:.1f}"
         judged = f"{exact_bits(judge, samples):.2f}" if judge else ""
         print(
             f"| `{row or 'the defaults'}` | {speed} | {exact_bits(model, samples):.2f} | {judged} | {s['known words']:.2f} | "

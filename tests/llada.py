@@ -8,7 +8,7 @@ import main
 @torch.no_grad()
 def llada_generate(model, prompt, length, steps, block_length, temperature=0.0, seed=0):
     """Low-confidence remasking (arXiv 2502.09992, algorithm 5): each block gets steps / blocks steps; each step predicts
-    the whole canvas and commits its share of the block's masks, the surest predictions first.
+    the whole sequence and unmasks an equal part of the block's masks, the most confident predictions first.
 
     Returns (bytes of prompt and response, number of forward passes).
     """
@@ -32,6 +32,6 @@ def llada_generate(model, prompt, length, steps, block_length, temperature=0.0, 
             confidence = logits.double().softmax(-1).gather(-1, chosen[:, None])[:, 0]
             confidence[x[0] != main.MASK] = -torch.inf
             confidence[start + block_length :] = -torch.inf
-            surest = confidence.topk(count).indices
-            x[0, surest] = chosen[surest]
+            most_confident = confidence.topk(count).indices
+            x[0, most_confident] = chosen[most_confident]
     return bytes(x[0].tolist()), forward_passes

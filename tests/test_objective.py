@@ -100,8 +100,8 @@ def test_every_position_is_masked_equally_often():
     _, is_masked = main.mask_bytes(
         torch.zeros(rows, length, dtype=torch.int64), *main.draw_noise(rows, length, generator)
     )
-    share = is_masked.float().mean(dim=0)
-    assert (share - (length + 1) / 2 / length).abs().max() < 0.01
+    fraction = is_masked.float().mean(dim=0)
+    assert (fraction - (length + 1) / 2 / length).abs().max() < 0.01
 
 
 def test_noise_rounded_up_to_one_masks_no_more_than_everything():

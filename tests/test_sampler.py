@@ -350,8 +350,8 @@ def test_given_bytes_stay_in_any_combination_of_options_and_all_masks_go(model):
         config = random_settings(rng, cache_refresh=rng.choice([0, 1, 2, 5]))
         texts = [random_text(rng) for _ in range(rng.randrange(1, 4))]
 
-        def check(canvas, texts=texts):
-            rows = [[t for t in row if t != main.PAD] for row in canvas.tolist()]
+        def check(x, texts=texts):
+            rows = [[t for t in row if t != main.PAD] for row in x.tolist()]
             for row, text in zip(rows, texts, strict=True):
                 assert len(row) == len(text)
                 assert all(token == wanted for token, wanted in zip(row, text) if wanted != main.MASK)

@@ -220,7 +220,7 @@ def test_load_checkpoint_gives_the_averaged_weights_in_eval_mode(text_folder):
 
 
 @pytest.mark.parametrize("extra", [[], ["--gradient_accumulation_steps=2", "--dropout=0.2"]])
-def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_unbroken_one(text_folder, monkeypatch, extra):
+def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_uninterrupted_one(text_folder, monkeypatch, extra):
     monkeypatch.chdir(text_folder)
     flags = [*TINY_FLAGS, "--max_steps=20", "--warmup_steps=2", "--checkpoint_every=10", "--num_samples=0", *extra]
     flags += ["--log_every=4", "--validate_every=5"]
@@ -421,6 +421,14 @@ def test_training_runs_on_a_gpu_in_every_precision(text_folder, dtype):
     run_dir, console = train_tiny(text_folder, *flags)
     assert "cuda" in console
     assert main.load_checkpoint(run_dir)[2]["step"] == 20
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_memory_does_not_grow_over_many_steps(text_folder, monkeypatch):
+    allocated, agree = [], main.agree
+    monkeypatch.setattr(main, "agree", lambda *args: allocated.append(torch.cuda.memory_allocated()) or agree(*args))
+    train_tiny(text_folder, "--device=cuda", "--max_steps=600", "--validate_every=100")
+    assert max(allocated[300:]) <= max(allocated[100:300])
 
 
 def test_in_fp16_a_step_is_taken_by_both_optimizers_or_by_none(config):

@@ -11,7 +11,7 @@
 
 The idea: replace k of the L bytes of a text by MASK and let a bidirectional transformer predict all of them at once.
 Train it for every k from 1 to L. Such a model writes by starting from nothing but MASK and unmasking it step by step.
-Where the text is given and where it is masked is free: continuing and filling a hole are the same.
+Any bytes may be given and any masked, so continuing a text and filling a hole are the same task.
 
 Shapes: B sequences, L bytes each, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values.
 
@@ -32,7 +32,6 @@ import itertools
 import json
 import math
 import mmap
-import numbers
 import os
 import re
 import signal
@@ -56,7 +55,7 @@ from torch.nn import RMSNorm  # x / sqrt(mean(x^2) + eps) * weight
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-PAD, MASK, UNK = 256, 257, 258  # input embedding alone: the output has 256 rows. UNK is free, all bytes are known
+PAD, MASK, UNK = 256, 257, 258  # input embedding only: the output has 256 rows. UNK is unused, all bytes are known
 NUM_BYTES, NUM_TOKENS = 256, 259
 BITS_PER_NAT = 1 / math.log(2)
 
@@ -130,16 +129,15 @@ class CONFIG:
     max_minutes: float = 0.0  # end by the clock, learning rate decayed by then; 0: only max_steps counts
 
     # Sampling
-    remasking: str = "entropy"  # which masks are unmasked first: see `score_positions`; LLaDA's is low_confidence
+    remasking: str = "random"  # which masks are unmasked first: see `score_positions`; LLaDA's is low_confidence
     inference_steps: int = 0  # forward passes of the first draft; 0: one for each byte
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are unmasked
-    entropy_bound: float = 1.0  # nats, of the strategy entropy_bound: higher unmasks more bytes at once
     temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
-    revision_sweeps: int = 8  # after the first draft each byte is drawn anew so many times, its neighbours in view
-    top_p: float = 0.5  # revisions (without any: the draft) draw from the most probable bytes that have this in sum
-    guidance_scale: float = 0.0  # classifier-free guidance: away from what the model says without the prompt; 0: none
+    revision_sweeps: int = 12  # how often each byte is drawn anew after the first draft, its neighbours in view
+    top_p: float = 0.5  # nucleus of the revisions (without any: of the draft): the most probable bytes of this sum
+    guidance_scale: float = 0.0  # classifier-free guidance: how far from the prediction without the prompt; 0: none
     block_length: int = 16  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
-    cache_refresh: int = 0  # every so many passes of a block one is over the whole sequence; 1: all; 0: the first alone
+    cache_refresh: int = 0  # every n-th pass of a block is over the whole sequence; 1: all; 0: the very first alone
     num_samples: int = 3  # prompts from the validation text that each validation continues
 
     # Run
@@ -160,8 +158,8 @@ class CONFIG:
 class ByteLevelTextDataset(Dataset):
     """The bytes start..stop of a file as int64 sequences of `max_length` numbers, 0..255.
 
-    Training takes `random_crops`. Evaluation takes the items: chunks that do not overlap, in the order of the file, of
-    which only the last one may be filled up with PAD. The file is mapped into memory, so its size does not matter.
+    Training uses `random_crops`. The items are the chunks of an evaluation: in the order of the file, without overlap,
+    only the last one padded with PAD. The file is mapped into memory, so its size does not matter.
     Raises InputError if the file is missing, no regular file, unreadable or shorter than `max_length`.
     """
 
@@ -174,7 +172,7 @@ class ByteLevelTextDataset(Dataset):
             raise InputError(f"{found} are less than one sequence of max_length={max_length:,}; add text or lower it")
         self.file = open(path, "rb")  # noqa: SIM115  stays open, to see whether it shrinks
         mapping = mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ)
-        if hasattr(mapping, "madvise"):  # no read-ahead: at random places of a huge file it costs 160 times the read
+        if hasattr(mapping, "madvise"):  # no read-ahead: it makes random reads of a huge file 160 times as expensive
             mapping.madvise(mmap.MADV_RANDOM)
         self.bytes = np.frombuffer(mapping, np.uint8)[start:stop]
 
@@ -182,9 +180,7 @@ class ByteLevelTextDataset(Dataset):
         return math.ceil(len(self.bytes) / self.max_length)
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.path} has {len(self)} chunks, and no chunk {index}")
-        return self.read(np.array([index * self.max_length]))[0]
+        return self.read(np.array([range(len(self))[index] * self.max_length]))[0]  # range raises the IndexError
 
     def random_crops(self, seed, step, rows, num_rows):
         """Sequences that begin anywhere, [rows, max_length]: the rows `rows`, a slice, of the `num_rows` of a step. The
@@ -227,9 +223,7 @@ class PositionCache(dict):
 
     def update(self, key, new, dim):
         """Put what was computed for the span into its place along `dim`; returns what is kept of all positions."""
-        if key not in self:  # the first pass computes all of them
-            self[key] = new
-        else:
+        if self.setdefault(key, new) is not new:  # the first pass computes all of them
             self[key].narrow(dim, self.span.start, new.shape[dim]).copy_(new)
         return self[key]
 
@@ -378,10 +372,10 @@ class TransformerBlock(nn.Module):
 
 
 class MaskPredictor(nn.Module):
-    """The transformer of the masked diffusion model. It sees no time: the number of MASKs tells it as much.
+    """The transformer of the masked diffusion model. It gets no time as input: the number of MASKs says as much.
 
     Its autoregressive twin is the same network, causal, on a sequence shifted by one: position i sees MASK and the
-    bytes before i, so its logits are about the same byte, and all that is written for the one works for the other.
+    bytes before i, so its logits at i predict byte i, too, and all code written for the one works for the other.
     """
 
     def __init__(self, config):
@@ -403,8 +397,8 @@ class MaskPredictor(nn.Module):
     def forward(self, tokens, attention_mask=None):
         """Logits [B, L, 256], float32, of the byte at each position of tokens [B, L], int64: bytes and special ids.
 
-        attention_mask, bool [B, L], is False where nothing may be seen: by default at PAD, except in compiled code,
-        which cannot look: there a batch with PAD needs its mask. InputError if L exceeds rope_max_length_buffer.
+        attention_mask, bool [B, L], is False where nothing may be seen: by default at PAD. Compiled code cannot look
+        for PAD, so there a batch with PAD must bring its mask. InputError if L exceeds rope_max_length_buffer.
         """
         if attention_mask is None and not torch.compiler.is_compiling() and (tokens == PAD).any():
             attention_mask = tokens != PAD
@@ -540,34 +534,27 @@ def score_positions(strategy, logits, drawn, uniform):
     """How early each position should be unmasked [N, W], from its logits [N, W, 256] and the byte drawn for it [N, W]:
 
     random                       by chance (MDLM, MD4)
+    entropy                      minus the entropy in nats (Dream, arXiv 2508.15487)
     low_confidence, threshold    probability of the drawn byte (LLaDA; Fast-dLLM, arXiv 2505.22618)
-    margin                       distance of the two highest probabilities (Dream, arXiv 2508.15487)
-    entropy, entropy_bound       minus the entropy in nats (Dream; EB-Sampler, arXiv 2505.24857)
 
-    Random, margin and entropy do not look at the drawn byte, so with one byte per pass, temperature, top_p and
-    cache_refresh 1 and no revisions they sample exactly from the model. The probability of the drawn byte favours the
-    most probable bytes anew in each pass: on text with runs of spaces it ends in nothing but spaces.
+    Random and entropy do not look at the drawn byte: with one byte per pass, temperature, top_p and cache_refresh all
+    1, and no revisions, they sample exactly from a model whose predictions agree with each other. One that is still
+    learning errs most where it is most certain, such as in runs of spaces, and an order by certainty seeks these out:
+    entropy writes too many of them, low_confidence, which favours likely bytes anew in every pass, nothing else.
     """
     if strategy == "random":
         return uniform
     probs = logits.softmax(dim=-1)
-    if strategy == "margin":
-        first, second = probs.topk(2).values.unbind(-1)
-        return first - second
-    if strategy in ("entropy", "entropy_bound"):
+    if strategy == "entropy":
         return -torch.special.entr(probs).sum(dim=-1)
     return probs.gather(-1, drawn[..., None])[..., 0]
 
 
 def count_to_unmask(config, scores, is_masked, passes_left):
     """How many positions each row unmasks in this pass [N]: an equal part of its masks, rounded up, for each of the
-    passes left; but `threshold` takes all from confidence_threshold on, and `entropy_bound` the largest set, in order
-    of entropy, whose sum without its largest entropy stays within entropy_bound. At least one."""
+    passes left; but `threshold` takes all from confidence_threshold on, at least one."""
     if config.remasking == "threshold":
         counts = (is_masked & (scores >= config.confidence_threshold)).sum(dim=1)
-    elif config.remasking == "entropy_bound":
-        entropies = scores.neg().masked_fill(~is_masked, torch.inf).sort(dim=1).values
-        counts = (entropies.cumsum(dim=1) - entropies <= config.entropy_bound).sum(dim=1)
     else:
         counts = -(-is_masked.sum(dim=1) // passes_left)
     return counts.clamp(min=1)
@@ -604,7 +591,7 @@ def predict_block(model, x, block, attention_mask, is_given, cache, guidance_sca
     return unconditional + (1 + guidance_scale) * (logits - unconditional)
 
 
-DRAFT_TOP_P = 0.98  # at 1 some samples hold a run of odd signs that revisions keep; at 0.9 runs of spaces never end
+DRAFT_TOP_P = 0.98  # at 1 a few samples hold runs of odd characters, which revisions keep; at 0.9 spaces never end
 
 
 @torch.inference_mode()
@@ -692,56 +679,50 @@ def revise(model, x, is_given, config, seeds):
 
 
 def run_conditional_diffusion_inference(model, prompt, response_length, config, suffix="", seed=None, on_step=None):
-    """Write `response_length` bytes after `prompt`, and before `suffix` if there is one (infilling).
+    """Write `response_length` bytes after `prompt`, and before `suffix` if there is one (infilling); 0: only the holes.
 
-    Args:
-        prompt: str, bytes or a sequence of ints, 0..255 and MASK where a hole is to be filled; or a list of such
-            prompts, of any lengths, which are sampled as one batch. Aligned at their first MASK, they share the blocks.
-            With holes of the same shape each comes out as it would alone.
-        response_length: bytes; 0 fills only the holes.
-        config: the fields of its section Sampling are used.
-        seed: of the noise, seed + i for the i-th prompt of a batch; default config.seed.
-        on_step: called with the sequences x [N, L] int64 before the first pass and after each, revisions included; PAD
-            is around shorter ones. The last call shows the bytes themselves.
+    `prompt` is a str, bytes or a sequence of ints: 0..255, and MASK for each byte of a hole. A list of such prompts, of
+    any lengths, is sampled as one batch, the i-th with seed + i (default: config.seed). They are aligned at their first
+    MASK and share the blocks; with holes of the same shape each comes out as it would alone. Only the section Sampling
+    of `config` matters. `on_step` is called with all sequences, x [N, L] int64 with PAD around the shorter ones, before
+    the first pass and after every pass, revisions included; the last call shows the finished bytes.
 
-    Returns:
-        prompt, response and suffix as one str, invalid UTF-8 replaced by U+FFFD; for a list of prompts a list of them.
-
-    Raises:
-        InputError: the whole is longer than rope_max_length_buffer, response_length is negative, a number is neither a
-            byte nor MASK, or guidance_scale is given without a prompt.
+    Returns prompt, response and suffix as one str, with invalid UTF-8 replaced by U+FFFD; for a list, a list of those.
+    Raises InputError if the whole is longer than rope_max_length_buffer, response_length is negative, a number is
+    neither a byte nor MASK, or guidance_scale is given without a prompt.
     """
-    is_batch = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], numbers.Integral))
-    prompts = prompt if is_batch else [prompt]
-    texts = [to_tokens(p) + [MASK] * response_length + to_tokens(suffix) for p in prompts]
+    is_batch = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], (int, np.integer)))
     require(response_length >= 0, "response_length", response_length, "0 or more")
+    texts, suffix, longest = [], to_tokens(suffix), config.rope_max_length_buffer
+    for given in map(to_tokens, prompt if is_batch else [prompt]):
+        if len(given) + len(suffix) + response_length > longest:
+            sizes = f"prompt and suffix ({len(given) + len(suffix)} bytes) and response_length ({response_length})"
+            raise InputError(f"{sizes} exceed rope_max_length_buffer={longest}; shorten one of them")
+        texts.append(given + [MASK] * response_length + suffix)
     if is_autoregressive(model):
         config = dataclasses.replace(config, block_length=1, inference_steps=0, revision_sweeps=0)
         only_ends = all(set(text[[*text, MASK].index(MASK) :]) <= {MASK} for text in texts)
-        require(only_ends, "objective", config.objective, "diffusion to fill what has given bytes after it")
+        require(only_ends, "objective", config.objective, "diffusion, as given bytes follow a hole")
     has_prompt = all(set(text) - {MASK} for text in texts)
     require(has_prompt or not config.guidance_scale, "guidance_scale", config.guidance_scale, "0 without a prompt")
     firsts = [[*text, MASK].index(MASK) for text in texts]
     starts = [max(firsts) - first for first in firsts]
     length = max((start + len(text) for start, text in zip(starts, texts)), default=0)
-    if length > config.rope_max_length_buffer:
-        sizes = f"prompt and suffix ({length - response_length} bytes) and response_length ({response_length})"
-        raise InputError(f"{sizes} exceed rope_max_length_buffer={config.rope_max_length_buffer}; shorten one of them")
-    x = torch.full((len(texts), length), PAD)
-    for row, start, text in zip(x, starts, texts):
-        row[start : start + len(text)] = torch.tensor(text, dtype=torch.int64)
-    device = next(model.parameters()).device
-    x, seed = x.to(device), config.seed if seed is None else seed
+    rows = [[PAD] * start + text + [PAD] * (length - start - len(text)) for start, text in zip(starts, texts)]
+    x = torch.tensor(rows, dtype=torch.int64, device=next(model.parameters()).device).view(len(texts), length)
+    seed, on_step = config.seed if seed is None else seed, on_step or (lambda x: None)
     is_given, seeds, width = x != MASK, range(seed, seed + len(texts)), config.block_length or length
     num_positions = len(texts) * (width if config.cache_refresh == 0 else length)
+    num_threads = torch.get_num_threads()
     with evaluation_mode(model):
-        with threads_for(num_positions):
+        torch.set_num_threads(1 if num_positions <= 64 else num_threads)  # shared by two a pass of 16 takes 15 % longer
+        try:
             for state in denoise(model, x, config, seeds):
-                if on_step:
-                    on_step(state)
-        for state in revise(model, x, is_given, config, seeds):
-            if on_step:
                 on_step(state)
+        finally:
+            torch.set_num_threads(num_threads)
+        for state in revise(model, x, is_given, config, seeds):
+            on_step(state)
     results = [bytes(token for token in row if token != PAD).decode(errors="replace") for row in x.tolist()]
     return results if is_batch else results[0]
 
@@ -768,7 +749,8 @@ def train(config, run_dir=None, checkpoint=None):
     train_set, validation_set = open_datasets(config)
     state = TrainingState(config, checkpoint)
     if state.is_over():
-        say(f"{run_dir} ended at step {state.step:,}, after {state.minutes:.1f} minutes; to go on raise --max_steps")
+        limit = "--max_steps" if state.step >= config.max_steps else "--max_minutes"
+        say(f"{run_dir} ended at step {state.step:,}, after {state.minutes:.1f} minutes; to go on raise {limit}")
         return 0
     run_dir = run_dir or make_run_dir(config)
     log, model, num_micro_batches = Log(state, run_dir), in_parallel(state.model), config.gradient_accumulation_steps
@@ -792,6 +774,7 @@ def train(config, run_dir=None, checkpoint=None):
                 loss += part.detach()
             norm = optimizer_step(state)  # step
             state.minutes, signal_number = agree(state, (time.perf_counter() - started) / 60, received)
+            signal_number = 0 if state.is_over() else int(signal_number)  # in the last step it comes too late
             is_over = state.is_over() or bool(signal_number)
             to_log, to_validate, to_save = (is_over or state.step % every == 0 for every in state.intervals)
             if to_log or to_validate or to_save:
@@ -801,8 +784,8 @@ def train(config, run_dir=None, checkpoint=None):
             if to_save and not save_checkpoint(run_dir, "latest.pt", state) and is_over:
                 raise TrainingError(f"step {state.step:,} could not be saved to {run_dir}; make room and use --resume")
         if signal_number:
-            say(f"stopped at step {state.step:,} and saved; go on with: python main.py --resume '{run_dir}'")
-            return 128 + int(signal_number)
+            say(f"stopped at step {state.step:,} and saved; to go on add to the command: --resume '{run_dir}'")
+            return 128 + signal_number
         bound, error = estimate_nelbo(state.ema, validation_set, FINAL_VALIDATION_BYTES)
         log.writer.add_scalar("val/final_bits_per_byte", bound, state.step)
     num_bytes = min(len(validation_set.bytes), FINAL_VALIDATION_BYTES)
@@ -874,9 +857,8 @@ def validate(state, train_set, validation_set, log):
         writer.add_scalar("train/bits_per_byte", train_bound, step)
         writer.add_scalar("val/bits_per_byte", bound, step)
         writer.add_scalar("val/best_bits_per_byte", state.best_bound, step)
-        for end, some_bits, accuracy in (
-            by_mask_ratio(ratios, bits, accuracies) if config.objective == "diffusion" else []
-        ):
+        tens = [] if is_autoregressive(model) else by_mask_ratio(ratios, bits, accuracies)
+        for end, some_bits, accuracy in tens:
             writer.add_scalar(f"validation_bits_by_mask_ratio/to_{end:03d}_percent", some_bits.mean(), step)
             writer.add_scalar(f"validation_accuracy_by_mask_ratio/to_{end:03d}_percent", accuracy.mean(), step)
         if config.num_samples:
@@ -1036,9 +1018,8 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
     def sample(prompts, response_length, **overrides):
         settings = dataclasses.replace(config, guidance_scale=0.0, **overrides)
         with closing(Progress()) as progress:
-            options = {"seed": seed, "on_step": progress}
-            run_conditional_diffusion_inference(model, prompts, response_length, settings, **options)
-        return progress.steps[-1]
+            run_conditional_diffusion_inference(model, prompts, response_length, settings, seed=seed, on_step=progress)
+        return progress.steps[-1].to(device)
 
     lengths, ratios, bits, accuracies = measure_chunks(model, dataset, seed=seed)
     if is_autoregressive(model):
@@ -1117,9 +1098,14 @@ def starter_corpus():
         from pydoc_data.topics import topics
 
         documents += [topics[name] for name in sorted(topics)]
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     for path in sorted(library.rglob("*.py")):
         if not {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
-            documents.append("\n\n".join(docstrings(path)))
+            documents.append("")
+            with suppress(SyntaxError, ValueError, OSError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of old spellings in the library's code
+                nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)]
+                documents[-1] = "\n\n".join(ast.get_docstring(node) or "" for node in nodes)
     parts, seen = [[], []], set()
     for number, document in enumerate(documents):
         for paragraph in re.split(r"\n\s*\n", document):
@@ -1130,15 +1116,6 @@ def starter_corpus():
                 parts[number % 10 == 5].append(text)
                 seen.add(text)
     return [STARTER_LINE + "\n\n".join(part).encode() for part in parts]
-
-
-def docstrings(path):
-    with suppress(SyntaxError, ValueError, OSError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of old spellings in the library's code
-        kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-        nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)]
-        return [ast.get_docstring(node) or "" for node in nodes]
-    return []
 
 
 def write_starter_corpus(config):
@@ -1159,8 +1136,8 @@ def open_datasets(config):
     """The (training, validation) datasets of a run; see CONFIG.validation_data_file."""
     train_file, validation_file, split = config.train_data_file, config.validation_data_file, None
     if validation_file == "auto":
-        validation_file = "validation.txt"
-        if Path(train_file) != Path("train.txt") or not Path(validation_file).exists():
+        validation_file = Path(train_file).parent / "validation.txt"
+        if Path(train_file).name != "train.txt" or not validation_file.exists():
             validation_file, split = train_file, file_size(train_file) * 95 // 100
             say(f"no validation text of its own: the last 5 % of {train_file} are held out for validation")
     validation_set = ByteLevelTextDataset(validation_file, config.max_length, start=split or 0)
@@ -1169,7 +1146,7 @@ def open_datasets(config):
         say(f"warning: {train_file} and {validation_file} are the same text; the bound says nothing new then")
     starts = [dataset.bytes[: len(STARTER_LINE)].tobytes() == STARTER_LINE for dataset in (train_set, validation_set)]
     if starts == [False, True]:
-        say(f"warning: {validation_file} is the starter corpus, {train_file} is not; delete it to hold out 5 %")
+        say(f"warning: {validation_file} is the starter corpus, but {train_file} is not; delete it to hold out 5 %")
     return train_set, validation_set
 
 
@@ -1252,14 +1229,10 @@ class TrainingState:
         return self.step >= self.config.max_steps or 0 < self.config.max_minutes <= self.minutes
 
     def state_dict(self):
-        return {
-            "config": dataclasses.asdict(self.config),
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),
-            **{name: getattr(self, name) for name in ("step", "minutes", "best_bound")},
-        }
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "scaler")}
+        numbers = {name: getattr(self, name) for name in ("step", "minutes", "best_bound")}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"config": dataclasses.asdict(self.config), **parts, **numbers, "optimizers": optimizers}
 
     def load_state_dict(self, state):
         """Raises InputError if the state is that of another CONFIG."""
@@ -1267,16 +1240,18 @@ class TrainingState:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                decays = [group.get("weight_decay") for group in optimizer.param_groups]  # those of this CONFIG
-                optimizer.load_state_dict(saved)
-                for group, decay in zip(optimizer.param_groups, decays):
-                    group["weight_decay"] = decay
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})  # its groups: of CONFIG
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-            self.step, self.minutes, self.best_bound = state["step"], state["minutes"], state["best_bound"]
+            self.step, self.minutes = state["step"], state["minutes"]
+            measured = ("train_data_file", "validation_data_file", "validation_bytes", "max_length", "objective")
+            if all(state["config"][name] == getattr(self.config, name) for name in measured):
+                self.best_bound = state["best_bound"]  # else there is nothing to compare it with
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise InputError(f"the checkpoint does not fit this CONFIG, leave out what changes it ({reason})") from None
+            raise InputError(
+                f"the checkpoint does not fit this CONFIG; leave out the flags that change it ({reason})"
+            ) from None
 
 
 def save_checkpoint(run_dir, name, state):
@@ -1295,8 +1270,7 @@ def save_checkpoint(run_dir, name, state):
     except (OSError, RuntimeError) as error:  # on a full disk torch.save raises a RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        say(f"warning: {path} cannot be written ({reason}); the checkpoint before it is untouched")
+        say(f"warning: {path} cannot be written ({str(error).splitlines()[0]}); the checkpoint before it is untouched")
         return False
 
 
@@ -1307,7 +1281,7 @@ def read_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares with the CRC-32 of each record, which torch.load does not
         if damaged:
-            raise InputError(f"{damaged} does not have its checksum: the file is damaged")
+            raise InputError(f"{damaged} fails its checksum: the file is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle cannot run code
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
             raise InputError("it holds no CONFIG")
@@ -1334,7 +1308,7 @@ def saved_config(state, **overrides):
 def newest_run():
     checkpoints = [*Path("runs").glob("*/latest.pt")]
     if not checkpoints:
-        raise InputError("runs: no run with a checkpoint; train one first with: python main.py")
+        raise InputError("runs: no run with a checkpoint in it; train one first with: python main.py")
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
 
 
@@ -1396,10 +1370,7 @@ class Writer:
 KIND = {"diffusion": "bound", "autoregressive": "exact likelihood"}  # of the likelihoods that are reported
 CUSTOM_SCALARS = {
     "bound": {"training and validation text": ["Multiline", ["train/bits_per_byte", "val/.*bits_per_byte"]]},
-    "by mask ratio": {
-        "cross-entropy": ["Multiline", ["validation_bits_by_mask_ratio/.*"]],
-        "accuracy": ["Multiline", ["validation_accuracy_by_mask_ratio/.*"]],
-    },
+    "by mask ratio": {name: ["Multiline", [f"validation_{name}_by_mask_ratio/.*"]] for name in ("bits", "accuracy")},
 }
 
 
@@ -1414,7 +1385,6 @@ class Log:
         is_hidden = rank() != 0 or not sys.stdout.isatty()
         self.bar = tqdm(total=self.config.max_steps, initial=state.step, file=sys.stdout, disable=is_hidden)
         self.bar.bar_format = "{desc} |{bar}|"  # a narrow terminal cuts the bar, not the text
-        self.restart()
 
     def describe_run(self):
         """CONFIG as text, what differs from its defaults for HPARAMS, and which curves share a chart."""
@@ -1529,8 +1499,10 @@ def show_masks(tokens):
 
 
 def printable(text):
-    """Bytes as a terminal may show them: what is neither text nor a new line becomes U+FFFD, and cannot control it."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.decode(errors="replace"))
+    """Bytes as a terminal may show them: what is neither text nor white space becomes U+FFFD, and cannot control it."""
+    text = text.decode(errors="replace").replace("\r", "")
+    is_shown = (c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" for c in text)  # Zs: any space
+    return "".join(c if shown else "\ufffd" for c, shown in zip(text, is_shown))
 
 
 class Progress:
@@ -1576,7 +1548,7 @@ g{{animation:12s step-end infinite}}
 """
 
 
-def denoising_svg(steps, columns=72, max_frames=100):
+def denoising_svg(steps, columns=72, max_frames=64):
     """An animated picture of a sample's making, from all steps x [N, L] that a Progress kept: each character in the
     place that it has in the end, a dot while one of its bytes is masked, green when it is new. The animation is CSS,
     which plays within an <img>, in light and in dark mode."""
@@ -1603,7 +1575,8 @@ def denoising_svg(steps, columns=72, max_frames=100):
     for number, ((first, end), texts) in enumerate(sorted(groups.items())):
         if texts:
             begin, plain, stop = (min(100, 85 * frame / max(1, last)) for frame in (first, first + 3, end))
-            style += f"@keyframes k{number}{{0%{{opacity:{int(not first)}}}{begin:.1f}%{{opacity:1;fill:#2da44e}}"
+            color = "#2da44e" if first else "currentColor"
+            style += f"@keyframes k{number}{{0%{{opacity:{int(not first)}}}{begin:.1f}%{{opacity:1;fill:{color}}}"
             style += f"{min(plain, stop):.1f}%{{opacity:1;fill:currentColor}}"
             style += "}\n" if end > last else f"{stop:.1f}%,to{{opacity:0}}}}\n"
             drawn.append(f'<g class="{"m" if not first else "t"}" style="animation-name:k{number}">{texts}</g>')
@@ -1643,19 +1616,8 @@ def compile_loss(model, config):
     model.zero_grad()
     if not over_processes("max", [failure is not None]).item():
         return compiled
-    say(f"warning: torch.compile does not work here ({failure}); going on without it, which is slower")
+    say(f"warning: torch.compile does not work here ({failure or 'another process'}); going on without it, slower")
     return masked_diffusion_loss
-
-
-@contextmanager
-def threads_for(num_positions):
-    """One CPU thread where a pass computes few positions: shared by two a pass of 16 takes 15 % longer."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1 if num_positions <= 64 else num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def claim_gpu(config):
@@ -1683,20 +1645,24 @@ def distributed_run(config):
         dist.destroy_process_group()
 
 
+def training_sizes(config):
+    """The fields that decide how much memory training takes, the most unusual first."""
+    usual, names = CONFIG(device="cpu"), ["batch_size", "max_length", "model_dim", "ffn_dim", "rope_max_length_buffer"]
+    names.sort(key=lambda name: -max(1, getattr(config, name) / getattr(usual, name)))
+    return {name: getattr(config, name) for name in names}
+
+
 @contextmanager
-def explained_errors(config):
-    """Says what to do about errors that torch raises in many forms: too little memory, another process that is gone."""
+def explained_errors(sizes):
+    """Says what to do about errors that torch raises in many forms: too little memory for `sizes`, another process that
+    is gone."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        too_large = "can't allocate memory" in reason or "Storage size" in reason
-        if isinstance(error, torch.OutOfMemoryError) or too_large:
-            usual = CONFIG(device="cpu")
-            names = ["batch_size", "max_length", "model_dim", "ffn_dim", "rope_max_length_buffer"]
-            names.sort(key=lambda name: -max(1, getattr(config, name) / getattr(usual, name)))
-            sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
-            raise TrainingError(f"out of memory with {sizes}; lower the first, or any of them ({reason})") from None
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason or "Storage size" in reason:
+            listed = ", ".join(f"{name}={value}" for name, value in sizes.items())
+            raise TrainingError(f"out of memory with {listed}; lower the first, or any of them ({reason})") from None
         if isinstance(error, dist.DistError) or "gloo" in reason:
             raise TrainingError(f"another process is gone; go on with --resume auto ({reason})") from None
         raise
@@ -1802,7 +1768,7 @@ def profile(config):
         train_step()
     run_dir = make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}"))
     profiler.export_chrome_trace(str(run_dir / "trace.json"))
-    print("milliseconds of one step, with all that is called from there, and without it:")
+    print("milliseconds in one step: with all that is called from there, without it, name")
     kind = "device" if on_cuda else "cpu"
     for event in sorted(profiler.key_averages(), key=lambda event: -getattr(event, f"{kind}_time_total"))[:25]:
         total, own = (getattr(event, f"{name}{kind}_time_total") / 1e3 for name in ("", "self_"))
@@ -1823,20 +1789,24 @@ def resolve_defaults(config):
     require(config.device in ("auto", *devices), "device", config.device, accepted)
     config.device = devices[0] if config.device == "auto" else config.device
     for field in dataclasses.fields(config):
-        if getattr(config, field.name) is None and field.metadata:
-            setattr(config, field.name, field.metadata["cpu" if config.device == "cpu" else "gpu"])
-        setattr(config, field.name, check_type(field.name, getattr(config, field.name), field.type))
+        value, expected = getattr(config, field.name), field.type
+        if value is None and field.metadata:
+            value = field.metadata["cpu" if config.device == "cpu" else "gpu"]
+        if expected is float and type(value) is int and abs(value) < 2**63:  # nothing else is converted
+            value = float(value)
+        fits = type(value) is expected and (expected is not float or math.isfinite(value))
+        require(fits, field.name, value, "a finite number" if expected is float else f"of type {expected.__name__}")
+        setattr(config, field.name, value)
     if config.amp_dtype == "auto":
         on_cuda = config.device.startswith("cuda")
         has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         config.amp_dtype = "bf16" if has_bf16 else "fp16" if on_cuda else "fp32"
 
 
-STRATEGIES = ("random", "low_confidence", "margin", "entropy", "threshold", "entropy_bound")
-MAY_BE_0 = "conv_width mask_ratio_std muon_learning_rate weight_decay warmup_steps max_minutes dropout ema_decay seed "
-MAY_BE_0 += (
-    "inference_steps temperature entropy_bound revision_sweeps guidance_scale block_length cache_refresh num_samples"
-)
+STRATEGIES = ("random", "entropy", "low_confidence", "threshold")
+MAY_BE_0 = "conv_width mask_ratio_std muon_learning_rate weight_decay warmup_steps max_minutes temperature ema_decay "
+MAY_BE_0 += "seed inference_steps dropout revision_sweeps guidance_scale block_length cache_refresh "
+MAY_BE_0 += "num_samples"
 
 
 def one_of(*choices):
@@ -1882,15 +1852,6 @@ def require(condition, name, value, accepted):
         raise InputError(f"{name}={value!r} is not possible: it must be {accepted}")
 
 
-def check_type(name, value, expected):
-    """`value` as the field's type; an int passes for a float, nothing else is converted."""
-    if expected is float and type(value) is int and abs(value) < 2**63:
-        value = float(value)
-    fits = type(value) is expected and (expected is not float or math.isfinite(value))
-    require(fits, name, value, "a finite number" if expected is float else f"of type {expected.__name__}")
-    return value
-
-
 # === Command line =====================================================================================================
 
 
@@ -1919,16 +1880,11 @@ def add_config_flags(parser, only=None):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
     for field in dataclasses.fields(CONFIG):
         if only is None or field.name in only:
-            default = field.default
-            if field.metadata:
-                default = "{cpu} on a CPU, {gpu} on a GPU".format(**field.metadata)
-            parser.add_argument(
-                f"--{field.name}",
-                type=parse_bool if field.type is bool else field.type,
-                default=argparse.SUPPRESS,  # only flags that were given override
-                metavar=field.type.__name__.upper(),
-                help=f"{comments.get(field.name, '')} (default: {default})".replace("%", "%%"),
-            )
+            sizes = "{cpu} on a CPU, {gpu} on a GPU"
+            default = sizes.format(**field.metadata) if field.metadata else field.default
+            options = {"type": parse_bool if field.type is bool else field.type, "metavar": field.type.__name__.upper()}
+            options["help"] = f"{comments.get(field.name, '')} (default: {default})".replace("%", "%%")
+            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)  # only given flags override
 
 
 def train_command(argv):
@@ -1942,7 +1898,7 @@ def train_command(argv):
         path = path / "latest.pt" if path.is_dir() else path
         run_dir, checkpoint = path.parent, read_checkpoint(path)
     config = saved_config(checkpoint, **overrides) if checkpoint else CONFIG(**overrides)
-    with explained_errors(config), distributed_run(config):
+    with explained_errors(training_sizes(config)), distributed_run(config):
         return train(config, run_dir, checkpoint)
 
 
@@ -1980,15 +1936,15 @@ def generate_command(argv):
         length = 0 if MASK in given else config.max_length - len(given)
         accepted = f"below max_length={config.max_length}, or give --response_length"
         require(length > 0 or MASK in given, "prompt", f"{len(given)} bytes", accepted)
-    with explained_errors(config), closing(Progress(arguments.watch, bool(arguments.save))) as progress:
-        prompts = [prompt] * arguments.samples
+    prompts, sizes = [prompt] * arguments.samples, {"samples": arguments.samples, "response_length": length}
+    with explained_errors(sizes), closing(Progress(arguments.watch, bool(arguments.save))) as progress:
         samples = run_conditional_diffusion_inference(model, prompts, length, config, suffix, on_step=progress)
-    if arguments.save:
-        Path(arguments.save).write_text(denoising_svg(progress.steps), encoding="utf-8")
     for number, text in enumerate(samples):
         if arguments.samples > 1:
             print(f"--- seed {config.seed + number}")
         print(printable(text.encode()) if sys.stdout.isatty() else text)
+    if arguments.save:
+        Path(arguments.save).write_text(denoising_svg(progress.steps), encoding="utf-8")
     print(f"({path}, step {step:,})", file=sys.stderr)
     return 0
 
@@ -2016,10 +1972,10 @@ def evaluate_command(argv):
     if arguments.file is not None:
         dataset = ByteLevelTextDataset(arguments.file, config.max_length)
     training_text = train_set.bytes[:MEMORIZED_BYTES].tobytes()
-    with explained_errors(config):
+    writer = Writer(path.parent if path.is_file() else path)
+    with explained_errors({"chunks": arguments.chunks, "max_length": config.max_length}):
         rows = evaluate(model, config, dataset, training_text, arguments.chunks, arguments.seed)
     print(json.dumps(rows, indent=2) if arguments.json else as_table(rows))
-    writer = Writer(path.parent if path.is_file() else path)
     writer.add_text("val/evaluate", as_code(printable(os.fsencode(dataset.path)), as_table(rows)), step)
     writer.close()
     print(f"({path}, step {step:,}, {dataset.path}, {len(dataset.bytes):,} bytes)", file=sys.stderr)
@@ -2033,7 +1989,7 @@ def profile_command(argv):
     if "RANK" in os.environ:
         raise InputError("profile measures one process; run it without torchrun")
     claim_gpu(config)
-    with explained_errors(config):
+    with explained_errors(training_sizes(config)):
         return profile(config)
 
 
@@ -2054,7 +2010,7 @@ def main(argv=None):
     command, rest = (COMMANDS[argv[0]], argv[1:]) if argv and argv[0] in COMMANDS else (train_command, argv)
     try:
         return command(rest)
-    except (InputError, TrainingError, OSError) as error:
+    except (InputError, TrainingError, OSError, torch.OutOfMemoryError) as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever was typed
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:  # before or after the training loop, which catches the signal itself

@@ -25,13 +25,12 @@ LLADA = "LLaDA's algorithm"
 ROWS = """
 --remasking low_confidence --top_p 1 --revision_sweeps 0 --cache_refresh 1
 --remasking low_confidence --top_p 1 --revision_sweeps 0
---revision_sweeps 0 --top_p 0.8
+--remasking threshold --confidence_threshold 0.5 --top_p 1 --revision_sweeps 0
+--remasking entropy --top_p 0.8 --revision_sweeps 0
+--remasking entropy
 
 --bytes_per_pass 2
 --bytes_per_pass 4
---remasking entropy_bound --entropy_bound 0.5
---remasking threshold --confidence_threshold 0.9
---remasking random
 """
 
 

@@ -62,7 +62,7 @@ def test_a_text_of_ones_own_is_held_out_from_and_left_alone(tmp_path):
         (["--max_length", "5000"], "max_length=5000 is not possible: it must be at most rope_max_length_buffer=4096"),
         (
             ["--remasking", "magic"],
-            "remasking='magic' is not possible: it must be one of random, low_confidence, margin, ",
+            "remasking='magic' is not possible: it must be one of random, entropy, low_confidence",
         ),
         (["--dropout", "1"], "dropout=1.0"),
         (["--device", "tpu"], "device='tpu'"),
@@ -255,6 +255,16 @@ def test_evaluate_prints_nothing_but_json_where_the_validation_text_is_held_out(
     assert "held out" in output.err
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
+def test_a_gpu_trains_evaluates_and_generates(text_folder, monkeypatch, capsys, objective):
+    train_tiny(text_folder, "--device=cuda", "--max_steps=2", f"--objective={objective}")
+    monkeypatch.chdir(text_folder)
+    assert main.main(["evaluate", "--chunks=2", "--device=cuda"]) == 0
+    assert main.main(["generate", "--prompt=to be", "--device=cuda"]) == 0
+    assert "left to right" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("conv_width", [0, 5])
 def test_profile_reports_speed_fraction_of_the_ceiling_and_where_the_time_goes(text_folder, conv_width):
     done = run_main(text_folder, "profile", *TINY_FLAGS, f"--conv_width={conv_width}")
@@ -345,3 +355,6 @@ def test_generate_saves_the_picture_of_what_it_prints(trained):
     assert done.returncode == 0, done.stderr
     ElementTree.fromstring((folder / "made.svg").read_text("utf-8"))
     assert "save='made.png'" in one_line_error(run_main(folder, "generate", "--save", "made.png"))
+    lost = run_main(folder, "generate", "--prompt", "to be", "--response_length", "6", "--save", "missing/made.svg")
+    assert lost.stdout == done.stdout
+    assert "missing/made.svg" in one_line_error(lost, code=1)

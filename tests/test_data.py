@@ -157,6 +157,14 @@ def test_without_validation_text_the_end_of_the_training_text_is_held_out(tmp_pa
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_validation_text_is_the_one_beside_the_training_text(tmp_path):
+    for name in ("train.txt", "validation.txt"):
+        write(tmp_path / name, name.encode() * 100)
+    train_set, validation_set = main.open_datasets(main.CONFIG(**TINY, train_data_file=str(tmp_path / "train.txt")))
+    assert bytes(train_set.bytes) == b"train.txt" * 100
+    assert bytes(validation_set.bytes) == b"validation.txt" * 100
+
+
 def test_reading_does_not_keep_files_open(tmp_path):
     resource = pytest.importorskip("resource")
     path = write(tmp_path / "text", bytes(1000))

@@ -259,8 +259,29 @@ def test_a_finished_run_is_not_validated_or_saved_again(text_folder, monkeypatch
     run_dir, _ = train_tiny(text_folder, "--max_steps=4", "--validate_every=2")
     before = {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
     assert main.main(["--resume", "auto"]) == 0
-    assert "ended at step 4" in capsys.readouterr().out
+    assert "ended at step 4" in (output := capsys.readouterr().out)
+    assert "raise --max_steps" in output
+    assert main.main(["--resume", "auto", "--max_steps=8", "--max_minutes=0.00001"]) == 0
+    assert "raise --max_minutes" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+
+
+def test_a_signal_in_the_last_step_comes_too_late_to_leave_anything_out(text_folder, monkeypatch, capsys):
+    monkeypatch.chdir(text_folder)
+    agree = main.agree
+    monkeypatch.setattr(main, "agree", lambda state, *options: [agree(state, *options)[0], 2 * (state.step == 3)])
+    for max_steps, ending in ((3, "final bound"), (4, "to go on add to the command: --resume")):
+        main.main([*TINY_FLAGS, "--num_samples=0", f"--max_steps={max_steps}"])
+        assert ending in capsys.readouterr().out
+
+
+def test_the_best_bound_of_another_text_is_not_compared_with(text_folder, monkeypatch):
+    run_dir, _ = train_tiny(text_folder, "--max_steps=4")
+    saved = main.read_checkpoint(run_dir / "latest.pt")
+    config = main.saved_config(saved)
+    assert main.TrainingState(config, saved).best_bound == saved["best_bound"] < math.inf
+    other = main.dataclasses.replace(config, validation_data_file="other.txt")
+    assert main.TrainingState(other, saved).best_bound == math.inf
 
 
 @pytest.mark.parametrize("flags", [["--max_steps=10"], ["--max_minutes=0.02", "--max_steps=100000"]])

@@ -116,7 +116,7 @@ class CONFIG:
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
 
-    # Not in the papers: what makes the model learn faster (README, Results); 0 switches each off
+    # Not in the papers: what makes the model learn faster (README, What each choice gives); 0 switches each off
     conv_width: int = 9  # bytes, odd: depthwise convolution before each block
     mask_ratio_std: float = 0.1  # training draws the mask ratio from a normal around 0.45; 0: uniform, the bound itself
     muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the blocks; 0: AdamW for all
@@ -1062,11 +1062,11 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
 
 
 def as_table(rows):
-    lines = [f"{'':<31}{'bound':<15}{'exact':<15}{'other':<15}{'of the text':<13}"]
+    lines = [f"{'':<31}{'bound':<14}{'exact':<14}{'other':<14}{'of the text':<13}"]
     for row in rows:
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
         number = "none" if row["value"] is None else f"{row['value']:.3f}{error}"
-        cells = "".join(f"{number if row['kind'] == kind else '':<15}" for kind in ("bound", "exact", "other"))
+        cells = "".join(f"{number if row['kind'] == kind else '':<14}" for kind in ("bound", "exact", "other"))
         text = "" if row["text"] is None else f"{row['text']:.3f}" + " (far off)" * row["is_far_off"]
         lines.append(f"{row['figure']:<31}{cells}{text:<17}{row['unit']}".rstrip())
     return "\n".join(lines)

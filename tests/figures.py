@@ -29,14 +29,14 @@ def read_run(folder):
 
 
 def axes(title, x, y):
-    figure, axis = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     axis.set(title=title, xlabel=x, ylabel=y)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     return figure, axis
 
 
-def draw_curves(curves):
+def draw_curves(curves, others):
     figure, axis = axes("Bits per byte over time", "minutes of training", "bits per byte")
     for (label, runs), color in zip(curves.items(), COLORS, strict=False):
         for tag, style, text in (("val", "-", "validation text"), ("train", ":", "training text")):
@@ -46,12 +46,15 @@ def draw_curves(curves):
             axis.plot(minutes, values, style, color=color, label=f"{label}, {text}")
             for p in points if len(points) > 1 else []:
                 axis.plot(p[:, 1], p[:, 2], style, color=color, alpha=0.25, linewidth=0.8)
-    axis.legend(frameon=False, fontsize=9)
+    for other, color in zip(others, COLORS[len(curves) :], strict=False):
+        label, _, place = other.partition("=")
+        axis.plot(*map(float, place.split(",")), "o", color=color, label=label)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
 def draw_mask_ratios(runs):
-    figure, axis = axes("What is predicted from how much", "bytes of a text that are masked, %", "accuracy")
+    figure, axis = axes("Accuracy by mask ratio", "bytes of a text that are masked, %", "accuracy")
     prefix = "validation_accuracy_by_mask_ratio/"
     tags = sorted(tag for tag in runs[0] if tag.startswith(prefix))  # .../to_010_percent and so on
     if not tags:
@@ -68,6 +71,7 @@ def draw_mask_ratios(runs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curve", action="append", required=True, metavar="LABEL=RUNS")
+    parser.add_argument("--point", action="append", default=[], metavar="LABEL=MINUTES,BITS", help="of another program")
     parser.add_argument("--out", type=Path, default=Path(".github"))
     arguments = parser.parse_args()
     curves = {}
@@ -78,7 +82,10 @@ def main():
             sys.exit(f"error: --curve {curve}: no such runs")
         curves[label] = [read_run(folder) for folder in folders]
     plt.rcParams |= {"svg.hashsalt": "README", "svg.fonttype": "none", "font.family": "sans-serif"}
-    figures = {"curves": draw_curves(curves), "mask_ratio": draw_mask_ratios(next(iter(curves.values())))}
+    figures = {
+        "curves": draw_curves(curves, arguments.point),
+        "mask_ratio": draw_mask_ratios(next(iter(curves.values()))),
+    }
     for name, figure in figures.items():
         path = arguments.out / f"{name}.svg"
         figure.savefig(path, metadata={"Date": None})

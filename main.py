@@ -1354,17 +1354,17 @@ class Writer:
             from torch.utils.tensorboard import SummaryWriter  # imported late: it takes seconds
         except ImportError as error:
             raise InputError(f"tensorboard: {error}; run: pip install -r requirements.txt") from None
-        self.writer = SummaryWriter(folder, purge_step=purge_step) if rank() == 0 else None
+        self.writer = self.attempt(SummaryWriter, folder, purge_step=purge_step) if rank() == 0 else None
+
+    def attempt(self, function, *args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except OSError as error:
+            say(f"warning: TensorBoard's log cannot be written ({error.strerror}); going on without it")
+            self.writer = None
 
     def __getattr__(self, name):
-        def write(*args, **kwargs):
-            try:
-                return self.writer and getattr(self.writer, name)(*args, **kwargs)
-            except OSError as error:
-                say(f"warning: TensorBoard's log cannot be written ({error.strerror}); training goes on without it")
-                self.writer = None
-
-        return write
+        return lambda *args, **kwargs: self.writer and self.attempt(getattr(self.writer, name), *args, **kwargs)
 
 
 KIND = {"diffusion": "bound", "autoregressive": "exact likelihood"}  # of the likelihoods that are reported
@@ -1969,10 +1969,10 @@ def evaluate_command(argv):
     require(1 < arguments.chunks <= 4096, "chunks", arguments.chunks, "2 to 4096")
     with redirect_stdout(sys.stderr):  # notices; the standard output is for the figures
         train_set, dataset = open_datasets(config)
+        writer = Writer(path.parent if path.is_file() else path)
     if arguments.file is not None:
         dataset = ByteLevelTextDataset(arguments.file, config.max_length)
     training_text = train_set.bytes[:MEMORIZED_BYTES].tobytes()
-    writer = Writer(path.parent if path.is_file() else path)
     with explained_errors({"chunks": arguments.chunks, "max_length": config.max_length}):
         rows = evaluate(model, config, dataset, training_text, arguments.chunks, arguments.seed)
     print(json.dumps(rows, indent=2) if arguments.json else as_table(rows))

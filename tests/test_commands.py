@@ -255,6 +255,21 @@ def test_evaluate_prints_nothing_but_json_where_the_validation_text_is_held_out(
     assert "held out" in output.err
 
 
+def test_evaluate_prints_its_figures_where_it_may_not_write(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.txt").write_bytes(b"to be or not to be, that is the question. " * 30)
+    train_tiny(tmp_path, "--max_steps=1")
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", refuse)
+    assert main.main(["evaluate", "--json", "--chunks=2"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)[0]["figure"] == "NELBO"
+    assert "TensorBoard's log cannot be written (Permission denied)" in output.err
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
 def test_a_gpu_trains_evaluates_and_generates(text_folder, monkeypatch, capsys, objective):

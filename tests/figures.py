@@ -1,7 +1,10 @@
 """The README's two curves, from TensorBoard's logs (`pip install matplotlib`, which nothing else here needs):
 
-    python tests/figures.py --curve "diffusion (bound)=runs/diffusion_*" --curve "autoregressive (exact)=runs/twin_*"
+    python tests/figures.py --curve "diffusion (bound)=runs/diffusion5_*" \\
+        --curve "autoregressive twin (exact)=runs/autoregressive5_*" \\
+        --point "nanoGPT of this size, another day (exact)=5,2.254"
 
+of runs of five minutes (README, The price of diffusion) with `--name diffusion5_s0` and so on.
 Each curve is a label and the runs, one or several seeds, that it is the mean of; the pictures are written to `.github`:
 curves.svg, bits per byte over minutes of training, and mask_ratio.svg, what the first curve's runs got right in the end.
 """

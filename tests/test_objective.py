@@ -180,14 +180,15 @@ def test_the_mask_ratios_of_a_step_are_stratified_anew_over_the_whole_batch():
     assert max(offsets) - min(offsets) > 0.8
 
 
-def test_the_bell_has_the_quantiles_of_a_normal_a_little_below_one_half():
-    t = (torch.arange(100_000) + 0.5) / 100_000
-    bell = main.bell_quantile(t, 0.15)
+def test_seven_of_eight_mask_ratios_of_training_are_of_a_bell_and_one_is_uniform():
+    t = main.stratified_quantiles(80_000, torch.Generator().manual_seed(0))
+    uniform, bell = main.training_mask_ratios(t, 0.15).split([10_000, 70_000])
+    assert torch.allclose(uniform.histc(20, 0, 1), torch.full((20,), 500.0), atol=1)
     assert bell.mean().item() == pytest.approx(0.45, abs=1e-3)
     assert bell.std().item() == pytest.approx(0.15, rel=0.01)
-    assert (main.bell_quantile(torch.tensor([0.0, 0.5, 0.999999]), 0.5) < 1).all()
-    assert (main.bell_quantile(torch.tensor([0.0, 0.5, 0.999999]), 0.5) >= 0).all()
-    assert torch.equal(main.bell_quantile(t, 0.0), t)
+    extreme = main.training_mask_ratios(torch.tensor([0.0, 0.124999, 0.125, 0.5, 0.999999]), 0.5)
+    assert ((extreme >= 0) & (extreme < 1)).all()
+    assert torch.equal(main.training_mask_ratios(t, 0.0), t)
 
 
 def test_the_loss_by_default_is_the_bound_whatever_training_draws(config, model):

@@ -413,7 +413,8 @@ def compare_weights(*paths):
     assert one["step"] == two["step"]
     for kind in ("model", "ema"):
         for name, tensor in one[kind].items():
-            torch.testing.assert_close(tensor, two[kind][name], rtol=1e-3, atol=1e-5)
+            # 3e-4 is a hundredth of one step of AdamW, which divides gradients that are all rounding by their size
+            torch.testing.assert_close(tensor, two[kind][name], rtol=1e-3, atol=3e-4)
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, TINY_FLAGS, random_model, read_events, read_scalars, run_main, train_tiny
@@ -207,6 +208,16 @@ def test_a_model_of_a_text_that_is_half_spaces_does_not_answer_with_spaces_alone
     spaces = sum(sample.count(" ") for sample in samples) / (16 * 64)
     truth = line.count(b" ") / len(line)
     assert 0.6 * truth < spaces < 1.25 * truth
+
+
+def test_where_nothing_is_in_view_the_model_expects_each_byte_as_often_as_it_occurs(text_folder):
+    """The state that sampling starts from; were it left out of training, its errors would be in every sample."""
+    run_dir, _ = train_tiny(text_folder, "--max_steps=400")
+    model, _, _ = main.load_checkpoint(run_dir, device="cpu")
+    text = np.frombuffer((text_folder / "train.txt").read_bytes(), np.uint8)
+    frequencies = torch.from_numpy(np.bincount(text, minlength=256) / len(text))
+    expected = model(torch.full((1, 16), main.MASK)).softmax(dim=-1)[0].mean(dim=0)
+    assert (expected - frequencies).abs().sum() / 2 < 0.2
 
 
 def test_load_checkpoint_gives_the_averaged_weights_in_eval_mode(text_folder):

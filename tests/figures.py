@@ -1,12 +1,13 @@
 """The README's two curves, from TensorBoard's logs (`pip install matplotlib`, which nothing else here needs):
 
     python tests/figures.py --curve "diffusion (bound)=runs/diffusion5_*" \\
-        --curve "autoregressive twin (exact)=runs/autoregressive5_*" \\
-        --point "nanoGPT of this size, another day (exact)=5,2.254"
+        --curve "autoregressive twin (exact)=runs/autoregressive5_*" --other "nanoGPT (exact)=runs/nanogpt_*" \\
+        --other "nanoDLM (bound)=runs/nanodlm_*" --other "tiny-diffusion (bound)=runs/tiny_diffusion_*"
 
-of runs of five minutes (README, The price of diffusion) with `--name diffusion5_s0` and so on.
-Each curve is a label and the runs, one or several seeds, that it is the mean of; the pictures are written to `.github`:
-curves.svg, bits per byte over minutes of training, and mask_ratio.svg, what the first curve's runs got right in the end.
+of runs of five minutes (README, The price of diffusion), of `main.py` with `--name diffusion5_s0` and so on, the others
+of `tests/baselines.py`. Each curve is a label and the runs, one or several seeds, that it is the mean of; the pictures
+are written to `.github`: curves.svg, bits per byte over minutes of training, and mask_ratio.svg, what the first curve's
+runs got right in the end.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-COLORS = "#2da44e", "#8250df", "#bf8700", "#0969da"
+COLORS = "#2da44e", "#8250df", "#bf8700", "#0969da", "#cf222e"
 
 
 def read_run(folder):
@@ -41,17 +42,16 @@ def axes(title, x, y):
 
 def draw_curves(curves, others):
     figure, axis = axes("Bits per byte over time", "minutes of training", "bits per byte")
-    for (label, runs), color in zip(curves.items(), COLORS, strict=False):
+    for (label, runs), color in zip((curves | others).items(), COLORS, strict=False):
         for tag, style, text in (("val", "-", "validation text"), ("train", ":", "training text")):
+            if tag == "train" and label in others:
+                continue
             points = [np.array(run[f"{tag}/bits_per_byte"]) for run in runs]
             length = min(map(len, points))  # by the clock, runs have not the same number of points
             _, minutes, values = np.mean([p[:length] for p in points], axis=0).T
             axis.plot(minutes, values, style, color=color, label=f"{label}, {text}")
             for p in points if len(points) > 1 else []:
                 axis.plot(p[:, 1], p[:, 2], style, color=color, alpha=0.25, linewidth=0.8)
-    for other, color in zip(others, COLORS[len(curves) :], strict=False):
-        label, _, place = other.partition("=")
-        axis.plot(*map(float, place.split(",")), "o", color=color, label=label)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
@@ -74,19 +74,20 @@ def draw_mask_ratios(runs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curve", action="append", required=True, metavar="LABEL=RUNS")
-    parser.add_argument("--point", action="append", default=[], metavar="LABEL=MINUTES,BITS", help="of another program")
+    parser.add_argument("--other", action="append", default=[], metavar="LABEL=RUNS", help="its validation text only")
     parser.add_argument("--out", type=Path, default=Path(".github"))
     arguments = parser.parse_args()
-    curves = {}
-    for curve in arguments.curve:
-        label, _, pattern = curve.partition("=")
-        folders = sorted(glob.glob(pattern))
-        if not folders:
-            sys.exit(f"error: --curve {curve}: no such runs")
-        curves[label] = [read_run(folder) for folder in folders]
+    curves, others = {}, {}
+    for read, texts in ((curves, arguments.curve), (others, arguments.other)):
+        for text in texts:
+            label, _, pattern = text.partition("=")
+            folders = sorted(glob.glob(pattern))
+            if not folders:
+                sys.exit(f"error: {text}: no such runs")
+            read[label] = [read_run(folder) for folder in folders]
     plt.rcParams |= {"svg.hashsalt": "README", "svg.fonttype": "none", "font.family": "sans-serif"}
     figures = {
-        "curves": draw_curves(curves, arguments.point),
+        "curves": draw_curves(curves, others),
         "mask_ratio": draw_mask_ratios(next(iter(curves.values()))),
     }
     for name, figure in figures.items():

@@ -245,7 +245,7 @@ def naive_sampler(model, text, config, seed=0):
             for i in masked:
                 probs = logits[i].softmax(-1)
                 for_byte, for_order = noise[step % 16, i - start].tolist()
-                top_p = max(config.top_p, 0.98) if config.revision_sweeps else config.top_p
+                top_p = max(config.top_p, 0.95) if config.revision_sweeps else config.top_p
                 chosen[i] = naive_draw(logits[i], config.temperature, top_p, for_byte)
                 entropy = -sum(p * math.log(p) for p in probs.tolist() if p > 0)
                 scores[i] = {

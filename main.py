@@ -69,7 +69,7 @@ class TrainingError(RuntimeError):
 
 
 # ######################################################################################################################
-# PART 1: THE METHOD. What is special to masked diffusion, to be read in one go with the LLaDA paper in the other hand.
+# PART 1: THE METHOD. What is special to masked diffusion, to be read in one go beside the LLaDA paper.
 #         CONFIG, data, model, objective, sampler, training
 # PART 2: THE MACHINERY. What any trainer needs; to be looked up when you need it.
 #         evaluation, text files, optimizer, checkpoints, logging, devices and processes, profile, checks, command line
@@ -88,7 +88,7 @@ def by_size(cpu, gpu):
 class CONFIG:
     """All settings of a run, checked on creation: an InputError names the field, its value and what it accepts."""
 
-    # The two default sizes: 0.8 M parameters for ten minutes on a laptop, 10.8 M for a GPU
+    # The two default sizes: 0.8 M parameters for seven minutes on two cores, 10.8 M for a GPU
     model_dim: int = by_size(cpu=128, gpu=384)  # [D] width of the residual stream
     num_layers: int = by_size(cpu=4, gpu=6)  # transformer blocks
     num_heads: int = by_size(cpu=4, gpu=6)  # [H] attention heads; model_dim / num_heads must be even for RoPE
@@ -118,23 +118,23 @@ class CONFIG:
 
     # Not in the papers: what makes the model learn faster (README, What each choice gives); 0 switches each off
     conv_width: int = 9  # bytes, odd: depthwise convolution before each block
-    mask_ratio_std: float = 0.1  # width of the bell around 0.45 of training's mask ratios; 0: uniform, the bound itself
+    mask_ratio_std: float = 0.1  # of the bell around 0.45 of training's mask ratios; 0: all uniform, the bound itself
     muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the blocks; 0: AdamW for all
 
     # Optimization
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     gradient_clip_val: float = 1.0  # largest global gradient norm
     weight_decay: float = 0.1  # of AdamW, decoupled, on matrices only; Muon's matrices have none
-    warmup_steps: int = 50  # linear rise of the learning rate, before its linear decay to zero
+    warmup_steps: int = 50  # linear rise of the learning rate, times its linear decay to zero
     max_minutes: float = 0.0  # end by the clock, learning rate decayed by then; 0: only max_steps counts
 
     # Sampling
-    remasking: str = "random"  # which masks are unmasked first: see `score_positions`; LLaDA's is low_confidence
-    inference_steps: int = 0  # forward passes of the first draft; 0: one for each byte
+    remasking: str = "random"  # or entropy, low_confidence (LLaDA), threshold: unmasked first, see `score_positions`
+    inference_steps: int = 0  # forward passes of the first draft, not of threshold; 0: one for each byte
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are unmasked
     temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
     revision_sweeps: int = 12  # how often each byte is drawn anew after the first draft, its neighbours in view
-    top_p: float = 0.5  # revisions (without any: the draft) draw from the most probable bytes that reach this sum
+    top_p: float = 0.5  # revisions draw from the most probable bytes that reach this sum, the draft from 0.95
     guidance_scale: float = 0.0  # classifier-free guidance: how far from the prediction without the prompt; 0: none
     block_length: int = 16  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
     cache_refresh: int = 0  # every n-th pass of a block is over the whole sequence; 1: all; 0: the very first alone
@@ -230,7 +230,7 @@ class PositionCache(dict):
 
 class Attention(nn.Module):
     """What all kinds of attention share; each says only how x becomes queries, keys and values. All are bidirectional,
-    but in the autoregressive twin."""
+    except in the autoregressive twin."""
 
     def __init__(self, config):
         super().__init__()
@@ -442,15 +442,16 @@ def draw_noise(num_rows, length, generator):
     return t, torch.rand(num_rows, length, generator=generator, device=generator.device)
 
 
-UNIFORM_SHARE = 1 / 8  # of a batch's rows: with none of them samples hold twice the text's white space
+UNIFORM_SHARE = 1 / 8  # of a batch's rows; with none, samples of Japanese held twice the text's white space
 
 
 def training_mask_ratios(t, std):
-    """What training does with t: an eighth of it stays uniform, the rest becomes quantiles of a normal around 0.45.
+    """The mask ratios of training, from uniform t: an eighth of the rows stay uniform, the others become quantiles of a
+    normal of mean 0.45 and standard deviation std.
 
-    Almost all or almost nothing masked teaches little: after 600 steps of the default CPU size the bell makes the bound
-    0.15 bits per byte better. But the sampler starts from MASKs alone and revises with most bytes in view, so that
-    these states must have been seen, too. The loss is then a weighted bound. (Apple GPUs have no torch.special.ndtri.)
+    Almost all or almost nothing masked teaches little: after 600 steps of the default CPU size the bound is 0.14 bits
+    per byte better so. But the sampler starts from MASKs alone and revises with most bytes in view, so that the model
+    must see these states, too. (erfinv, since Apple GPUs have no torch.special.ndtri.)
     """
     if not std:
         return t
@@ -494,7 +495,8 @@ def mean_of_masked(values, is_masked):
 
 
 def masked_diffusion_loss(model, x0, t=None, noise=None):
-    """The negative evidence lower bound (NELBO, here "the bound"): an upper bound of -log p(x0) / L.
+    """The negative evidence lower bound (NELBO, here "the bound"): an upper bound of -log p(x0) / L. (With the t of
+    training, see `training_mask_ratios`, it is weighted otherwise, and no bound.)
 
     LLaDA (eq. 3), MDLM and MD4 write it as E_t[(1/t) sum of masked cross-entropies], t ~ U(0, 1), each byte masked with
     probability t. Group the draws by their number k of masks: the integral of Binomial(k; L, t) / t over t is 1/k for
@@ -506,7 +508,7 @@ def masked_diffusion_loss(model, x0, t=None, noise=None):
     of masks in the whole batch would be another objective.
 
     `model` maps int64 [B, L] to logits [B, L, 256]; x0 is int64 [B, L], clean bytes, PAD where a sequence is shorter; t
-    and noise are what `draw_noise` returns, by default drawn by way of torch's generator. Returns a scalar, nats per
+    and noise are as `draw_noise` returns them, by default drawn by way of torch's generator. Returns a scalar, nats per
     byte.
     """
     if t is None:
@@ -548,8 +550,8 @@ def score_positions(strategy, logits, drawn, uniform):
     low_confidence, threshold    probability of the drawn byte (LLaDA; Fast-dLLM, arXiv 2505.22618)
 
     Random and entropy do not look at the drawn byte: with one byte per pass, temperature, top_p and cache_refresh all
-    1, and no revisions, they sample exactly from a model whose predictions agree with each other. Those of a real one do
-    not quite, and an order by certainty leans to what is easy: entropy writes too many spaces on source code, and
+    1, and no revisions, they sample exactly from a model whose predictions agree with each other. Those of a real one
+    do not quite, and an order by certainty leans to what is easy: entropy writes too many spaces on source code, and
     low_confidence, which favours likely bytes anew in every pass, spells best and says the same few things.
     """
     if strategy == "random":
@@ -601,7 +603,7 @@ def predict_block(model, x, block, attention_mask, is_given, cache, guidance_sca
     return unconditional + (1 + guidance_scale) * (logits - unconditional)
 
 
-DRAFT_TOP_P = 0.95  # at 1 a few samples hold odd characters, which revisions keep; at 0.9 they lose 1 bit in 25
+DRAFT_TOP_P = 0.95  # at 1 some samples hold odd characters, which revisions keep; at 0.9 text grows monotonous
 
 
 @torch.inference_mode()
@@ -614,7 +616,7 @@ def denoise(model, x, config, seeds):
     remask all but the most confident, hence the name of the field `remasking`.) Given bytes never change, PAD is not
     seen. The noise of a row follows from its seed and the block: what it draws does not depend on the other rows.
 
-    If revisions follow (see `revise`), top_p is theirs, and the draft leaves out only what is all but impossible.
+    If revisions follow (see `revise`), top_p is theirs, and the draft leaves out the least probable 5 % alone.
 
     With a cache a pass computes the block alone. What it sees of all other positions was computed before: by a pass
     over the whole sequence, at every `cache_refresh`-th pass of a block or just once at the start, and by the first
@@ -667,9 +669,10 @@ REVISION_STRIDE = 5  # bytes that are drawn anew at once are so far from each ot
 def revise(model, x, is_given, config, seeds):
     """Draw the bytes of x [N, L] that were not given anew, `revision_sweeps` times; yields x after each pass.
 
-    A pass masks every fifth of them, and predicts these from all others: Gibbs sampling, were it one byte at a time
-    and top_p 1. Cutting the tail here, where the neighbours are known, mends misspelt words. Cut in the first draft, it
-    makes the most common byte more common still: a run of spaces that goes on with probability 0.9 would never end.
+    A pass masks those at every fifth position, and predicts them from all others: Gibbs sampling, were it one byte at a
+    time and top_p 1. Cutting the tail here, where the neighbours are known, mends misspelt words. Cut in the first
+    draft, it makes the most common byte more common still: a run of spaces that goes on with probability 0.9 would
+    never end.
     """
     attention_mask = x != PAD if (x == PAD).any() else None
     columns = (~is_given).any(dim=0).nonzero().flatten().tolist()
@@ -679,7 +682,7 @@ def revise(model, x, is_given, config, seeds):
     position = torch.arange(block.stop - block.start, device=x.device)
     for sweep in range(1, config.revision_sweeps + 1):
         noise = draw_uniform(generators_of(seeds, sweep, 1, device=x.device), 1, len(position))
-        for offset in range(REVISION_STRIDE):
+        for offset in sorted({(column - block.start) % REVISION_STRIDE for column in columns}):
             is_revised = ~is_given[:, block] & (position % REVISION_STRIDE == offset)
             x[:, block] = x[:, block].masked_fill(is_revised, MASK)
             logits = predict_block(model, x, block, attention_mask, is_given, None, config.guidance_scale)
@@ -824,7 +827,7 @@ def training_noise(config, step):
 
 
 def learning_rate_scale(config, step, minutes):
-    """Factor of the peak learning rate: linear warm-up, then linear decay to zero at max_steps or max_minutes,
+    """Factor of the peak learning rate: linear warm-up times linear decay to zero at max_steps or max_minutes,
     whichever comes first. A function of the step and the clock alone, hence nothing to save or to restore."""
     progress = max(step / config.max_steps, minutes / config.max_minutes if config.max_minutes else 0.0)
     return min(1.0, (step + 1) / (config.warmup_steps + 1)) * max(0.0, 1.0 - progress)

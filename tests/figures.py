@@ -47,7 +47,7 @@ def draw_curves(curves, others):
             if tag == "train" and label in others:
                 continue
             points = [np.array(run[f"{tag}/bits_per_byte"]) for run in runs]
-            length = min(map(len, points))  # by the clock, runs have not the same number of points
+            length = min(map(len, points))  # the mean ends with the run of the fewest points
             _, minutes, values = np.mean([p[:length] for p in points], axis=0).T
             axis.plot(minutes, values, style, color=color, label=f"{label}, {text}")
             for p in points if len(points) > 1 else []:
@@ -85,6 +85,8 @@ def main():
             if not folders:
                 sys.exit(f"error: {text}: no such runs")
             read[label] = [read_run(folder) for folder in folders]
+    if not len(arguments.curve + arguments.other) == len(curves | others) <= len(COLORS):
+        sys.exit(f"error: the labels must differ and be {len(COLORS)} at most")
     plt.rcParams |= {"svg.hashsalt": "README", "svg.fonttype": "none", "font.family": "sans-serif"}
     figures = {
         "curves": draw_curves(curves, others),

@@ -129,12 +129,12 @@ class CONFIG:
     max_minutes: float = 0.0  # end by the clock, learning rate decayed by then; 0: only max_steps counts
 
     # Sampling
-    remasking: str = "random"  # or entropy, low_confidence (LLaDA), threshold: unmasked first, see `score_positions`
+    remasking: str = "random"  # unmasked first: random, entropy, threshold, low_confidence (LLaDA); see score_positions
     inference_steps: int = 0  # forward passes of the first draft, not of threshold; 0: one for each byte
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are unmasked
     temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
     revision_sweeps: int = 12  # how often each byte is drawn anew after the first draft, its neighbours in view
-    top_p: float = 0.5  # revisions draw from the most probable bytes that reach this sum, the draft from 0.95
+    top_p: float = 0.5  # revisions draw from the most probable bytes that reach this sum; without any, the draft does
     guidance_scale: float = 0.0  # classifier-free guidance: how far from the prediction without the prompt; 0: none
     block_length: int = 16  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
     cache_refresh: int = 0  # every n-th pass of a block is over the whole sequence; 1: all; 0: the very first alone
@@ -450,8 +450,8 @@ def training_mask_ratios(t, std):
     normal of mean 0.45 and standard deviation std.
 
     Almost all or almost nothing masked teaches little: after 600 steps of the default CPU size the bound is 0.14 bits
-    per byte better so. But the sampler starts from MASKs alone and revises with most bytes in view, so that the model
-    must see these states, too. (erfinv, since Apple GPUs have no torch.special.ndtri.)
+    per byte better so. But the sampler starts from MASKs alone and revises with most bytes in view, so the model must
+    see these states, too. (erfinv, since Apple GPUs have no torch.special.ndtri.)
     """
     if not std:
         return t

@@ -106,12 +106,11 @@ def train(kind, learning_rate, minutes, seed):
     torch.manual_seed(seed)
     files = {"val": "validation.txt", "train": "train.txt"}
     texts = {tag: main.ByteLevelTextDataset(file, LENGTH) for tag, file in files.items()}
-    counts = torch.from_numpy(texts["train"].bytes.copy()).bincount(minlength=main.NUM_TOKENS)
+    text = torch.tensor(texts["train"].bytes, dtype=torch.int64)
+    counts = text.bincount(minlength=main.NUM_TOKENS)
     is_known, num_characters = counts > 0, int((counts > 0).sum())
-    number_of = torch.where(
-        is_known, is_known.cumsum(0) - 1, num_characters
-    )  # of MASK and what is not in the text: last
-    text = number_of[torch.from_numpy(texts["train"].bytes.copy()).long()]
+    number_of = torch.where(is_known, is_known.cumsum(0) - 1, num_characters)  # MASK and unknown bytes: the last
+    text = number_of[text]
     is_causal, is_plain = kind == "nanogpt", kind != "tiny_diffusion"
     network = Network(num_characters, is_causal, is_plain)
     model = OnBytes(network, number_of, counts[is_known] / counts.sum())
@@ -168,4 +167,7 @@ if __name__ == "__main__":
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    train(**vars(parser.parse_args()))
+    try:
+        train(**vars(parser.parse_args()))
+    except main.InputError as error:
+        sys.exit(f"error: {error}")

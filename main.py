@@ -4,7 +4,7 @@
     tensorboard --logdir=runs                             watch the run
     python main.py --model_dim 256 --max_steps 5000       every field of CONFIG is a flag
     python main.py --resume auto                          go on with the newest run
-    python main.py generate --prompt "ROMEO:" --watch     sample from the newest run and see the text emerge
+    python main.py generate --prompt "One day " --watch   sample from the newest run and see the text emerge
     python main.py evaluate                               how good the newest run is, in many figures
     python main.py profile                                how fast a training step is, and where its time goes
     torchrun --nproc_per_node=8 main.py                   the same training on eight GPUs
@@ -21,7 +21,6 @@ MD4    arXiv 2406.04329   the same objective, derived as a weighted integral of 
 """
 
 import argparse
-import ast
 import codecs
 import copy
 import dataclasses
@@ -37,7 +36,6 @@ import re
 import signal
 import stat
 import sys
-import sysconfig
 import time
 import unicodedata
 import warnings
@@ -45,6 +43,7 @@ import zipfile
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -129,12 +128,12 @@ class CONFIG:
     max_minutes: float = 0.0  # end by the clock, learning rate decayed by then; 0: only max_steps counts
 
     # Sampling
-    remasking: str = "random"  # unmasked first: random, entropy, threshold, low_confidence (LLaDA); see score_positions
+    remasking: str = "entropy"  # the order: entropy, random, threshold, low_confidence (LLaDA); see score_positions
     inference_steps: int = 0  # forward passes of the first draft, not of threshold; 0: one for each byte
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are unmasked
     temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
     revision_sweeps: int = 12  # how often each byte is drawn anew after the first draft, its neighbours in view
-    top_p: float = 0.5  # revisions draw from the most probable bytes that reach this sum; without any, the draft does
+    top_p: float = 0.5  # revisions draw from the most probable bytes that reach this sum; with no sweeps the draft does
     guidance_scale: float = 0.0  # classifier-free guidance: how far from the prediction without the prompt; 0: none
     block_length: int = 16  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
     cache_refresh: int = 0  # every n-th pass of a block is over the whole sequence; 1: all; 0: the very first alone
@@ -450,8 +449,8 @@ def training_mask_ratios(t, std):
     normal of mean 0.45 and standard deviation std.
 
     Almost all or almost nothing masked teaches little: after 600 steps of the default CPU size the bound is 0.14 bits
-    per byte better so. But the sampler starts from MASKs alone and revises with most bytes in view, so the model must
-    see these states, too. (erfinv, since Apple GPUs have no torch.special.ndtri.)
+    per byte better this way. But the sampler starts from MASKs alone and revises with most bytes in view, so the model
+    must see these states, too. (erfinv, since Apple GPUs have no torch.special.ndtri.)
     """
     if not std:
         return t
@@ -542,23 +541,27 @@ def draw_bytes(logits, temperature, top_p, uniform):
     return drawn if order is None else order.gather(-1, drawn[..., None])[..., 0]
 
 
+ENTROPY_TEMPERATURE = 0.3  # nats (Dream's alg_temp); at 0 source code gets too many spaces, at 1 stories fall apart
+
+
 def score_positions(strategy, logits, drawn, uniform):
     """How early each position should be unmasked [N, W], from its logits [N, W, 256] and the byte drawn for it [N, W]:
 
     random                       by chance (MDLM, MD4)
-    entropy                      minus the entropy in nats (Dream, arXiv 2508.15487)
+    entropy                      by chance, with probability ~ exp(-entropy / ENTROPY_TEMPERATURE) (arXiv 2508.15487)
     low_confidence, threshold    probability of the drawn byte (LLaDA; Fast-dLLM, arXiv 2505.22618)
 
     Random and entropy do not look at the drawn byte: with one byte per pass, temperature, top_p and cache_refresh all
-    1, and no revisions, they sample exactly from a model whose predictions agree with each other. Those of a real one
-    do not quite, and an order by certainty leans to what is easy: entropy writes too many spaces on source code, and
-    low_confidence, which favours likely bytes anew in every pass, spells best and says the same few things.
+    1, no guidance and no revisions, they sample exactly from a model whose predictions agree with each other. Those of
+    a real model do not quite. In random order it must guess far ahead, where it is weak, and the pieces do not fit; an
+    order by certainty alone leans to what is easy, low_confidence, which favours likely bytes anew in each pass, most.
     """
     if strategy == "random":
         return uniform
     probs = logits.softmax(dim=-1)
     if strategy == "entropy":
-        return -torch.special.entr(probs).sum(dim=-1)
+        gumbel = -(-uniform.clamp(min=1e-12).log()).log()  # the highest of logits + Gumbel noise is a draw by softmax
+        return ENTROPY_TEMPERATURE * gumbel - torch.special.entr(probs).sum(dim=-1)
     return probs.gather(-1, drawn[..., None])[..., 0]
 
 
@@ -603,7 +606,7 @@ def predict_block(model, x, block, attention_mask, is_given, cache, guidance_sca
     return unconditional + (1 + guidance_scale) * (logits - unconditional)
 
 
-DRAFT_TOP_P = 0.95  # at 1 some samples hold odd characters, which revisions keep; at 0.9 text grows monotonous
+DRAFT_TOP_P = 0.97  # at 1 some samples hold odd characters, which revisions keep; at 0.9 text grows monotonous
 
 
 @torch.inference_mode()
@@ -616,7 +619,7 @@ def denoise(model, x, config, seeds):
     remask all but the most confident, hence the name of the field `remasking`.) Given bytes never change, PAD is not
     seen. The noise of a row follows from its seed and the block: what it draws does not depend on the other rows.
 
-    If revisions follow (see `revise`), top_p is theirs, and the draft leaves out the least probable 5 % alone.
+    If revisions follow (see `revise`), top_p is theirs, and the draft leaves out at most the least probable 3 %.
 
     With a cache a pass computes the block alone. What it sees of all other positions was computed before: by a pass
     over the whole sequence, at every `cache_refresh`-th pass of a block or just once at the start, and by the first
@@ -662,12 +665,12 @@ def draw_uniform(generators, *shape):
     return torch.stack([torch.rand(shape, generator=g, dtype=dtype, device=device) for g in generators], dim=1)
 
 
-REVISION_STRIDE = 5  # bytes that are drawn anew at once are so far from each other
+REVISION_STRIDE = 5  # the distance between bytes that are drawn anew at once
 
 
 @torch.inference_mode()
 def revise(model, x, is_given, config, seeds):
-    """Draw the bytes of x [N, L] that were not given anew, `revision_sweeps` times; yields x after each pass.
+    """Draw anew, `revision_sweeps` times, the bytes of x [N, L] that were not given; yields x after each pass.
 
     A pass masks those at every fifth position, and predicts them from all others: Gibbs sampling, were it one byte at a
     time and top_p 1. Cutting the tail here, where the neighbours are known, mends misspelt words. Cut in the first
@@ -681,7 +684,7 @@ def revise(model, x, is_given, config, seeds):
     block = slice(columns[0], columns[-1] + 1)
     position = torch.arange(block.stop - block.start, device=x.device)
     for sweep in range(1, config.revision_sweeps + 1):
-        noise = draw_uniform(generators_of(seeds, sweep, 1, device=x.device), 1, len(position))
+        noise = draw_uniform(generators_of(seeds, sweep, 1, device=x.device), 1, len(position))  # 1: not the draft's
         for offset in sorted({(column - block.start) % REVISION_STRIDE for column in columns}):
             is_revised = ~is_given[:, block] & (position % REVISION_STRIDE == offset)
             x[:, block] = x[:, block].masked_fill(is_revised, MASK)
@@ -696,9 +699,10 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
 
     `prompt` is a str, bytes or a sequence of ints: 0..255, and MASK for each byte of a hole. A list of such prompts, of
     any lengths, is sampled as one batch, the i-th with seed + i (default: config.seed). They are aligned at their first
-    MASK and share the blocks; with holes of the same shape each comes out as it would alone. Only the section Sampling
-    of `config` matters. `on_step` is called with all sequences, x [N, L] int64 with PAD around the shorter ones, before
-    the first pass and after every pass, revisions included; the last call shows the finished bytes.
+    MASK and share the blocks; with holes of the same shape each comes out as it would alone. Of `config` the section
+    Sampling, seed and rope_max_length_buffer matter. `on_step` is called with all sequences, x [N, L] int64 with PAD
+    around the shorter ones, before the first pass and after every pass, revisions included; the last call shows the
+    finished bytes.
 
     Returns prompt, response and suffix as one str, with invalid UTF-8 replaced by U+FFFD; for a list, a list of those.
     Raises InputError if the whole is longer than rope_max_length_buffer, response_length is negative, a number is
@@ -713,7 +717,7 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
             raise InputError(f"{sizes} exceed rope_max_length_buffer={longest}; shorten one of them")
         texts.append(given + [MASK] * response_length + suffix)
     if is_autoregressive(model):
-        config = dataclasses.replace(config, block_length=1, inference_steps=0, revision_sweeps=0)
+        config = dataclasses.replace(config, block_length=1, inference_steps=0)
         only_ends = all(set(text[[*text, MASK].index(MASK) :]) <= {MASK} for text in texts)
         require(only_ends, "objective", config.objective, "diffusion, as given bytes follow a hole")
     has_prompt = all(set(text) - {MASK} for text in texts)
@@ -728,13 +732,13 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
     num_positions = len(texts) * (width if config.cache_refresh == 0 else length)
     num_threads = torch.get_num_threads()
     with evaluation_mode(model):
-        torch.set_num_threads(1 if num_positions <= 64 else num_threads)  # shared by two a pass of 16 takes 15 % longer
+        torch.set_num_threads(1 if num_positions <= 64 else num_threads)  # on two a pass of 16 bytes takes 15 % longer
         try:
             for state in denoise(model, x, config, seeds):
                 on_step(state)
         finally:
             torch.set_num_threads(num_threads)
-        for state in revise(model, x, is_given, config, seeds):
+        for state in () if is_autoregressive(model) else revise(model, x, is_given, config, seeds):
             on_step(state)
     results = [bytes(token for token in row if token != PAD).decode(errors="replace") for row in x.tolist()]
     return results if is_batch else results[0]
@@ -1099,36 +1103,69 @@ def file_size(path):
     raise InputError(f"{path}: {reason}")
 
 
-STARTER_LINE = b"This is the starter corpus: prose from Python's own documentation. Put your own text in its place.\n\n"
+STARTER_LINE = b"These little stories were made up by main.py. Put your own text in their place.\n\n"
+
+# Rules: names = alternatives. Names joined by / are chosen together: if the animal is a fox, its home is the forest.
+STARTER_GRAMMAR = """
+name/they/their/them = Mia/she/her/her | Lily/she/her/her | Anna/she/her/her | Rosa/she/her/her | Ella/she/her/her |
+    Tom/he/his/him | Ben/he/his/him | Max/he/his/him | Finn/he/his/him | Leo/he/his/him
+animal/home/food = fox/forest/berries | bear/cave/honey | mouse/barn/cheese | duck/lake/bread | frog/pond/flies |
+    rabbit/meadow/carrots | squirrel/park/nuts | cat/mill/fish | goat/valley/clover | hedgehog/garden/apples
+friend/species = Hugo/owl | Nora/crow | Clara/hen | Bruno/dog | Ida/swan | Emil/mole | Otto/toad | Greta/cow
+thing/deed = key/opened a tiny door in the wall | lamp/lit up the whole night | kite/flew higher than the clouds |
+    drum/made everybody dance | bell/rang until all came to listen | boat/carried them across the river |
+    map/showed the way to an island | rope/was long enough to reach the moon | book/was full of old songs
+trait = little | small | young | brave | shy | clever | kind | lazy | curious | cheerful
+color = red | blue | green | yellow | golden | silver | white | shiny
+where = under the bridge | behind the church | beside the road | in the tall grass | on top of the hill |
+    between two stones | near the river | in an empty house | at the end of the path
+day = day | morning | evening | summer day | rainy day | windy night | winter morning
+opening = Once upon a time there was a {trait} {animal} named {name} who lived in the {home}. |
+    Once there was a {trait} {animal}. {Their} name was {name}, and {their} home was the {home}.
+habit = {They} loved {food} more than anything else. | Every morning {they} looked for {food} and sang a song. |
+    All summer {they} slept in the sun and dreamed of {food}. | Everybody in the {home} knew {them}.
+find = One {day} {they} found a {color} {thing} {where}. |
+    One {day} {name} saw something {where}. It was a {color} {thing}!
+show = {They} showed it to {friend} the {species}. "You may keep it," said {friend}. |
+    "Is this your {thing}?" {they} asked {friend} the {species}. "No, I have never seen it," said {friend}.
+lose = One {day} {they} lost {their} {color} {thing}. |
+    One {day} {their} {color} {thing} was gone. "Where is it?" cried {name}.
+seek = Then {friend} the {species} came by. "I saw your {thing} {where}," said {friend}. And there it was. |
+    {They} asked {friend} the {species} for help. Together they found the {thing} {where}.
+use = The {thing} {deed}. | To their surprise the {thing} {deed}!
+end = From that day on {name} and {friend} were best friends. | {name} went home happy and ate all the {food}. |
+    They shared the {food} and talked until they fell asleep. | "What a day!" said {name}, and {friend} laughed.
+story = {opening} {habit} {find} {show} {use} {end} | {opening} {habit} {lose} {seek} {use} {end}
+"""
+
+
+class Story(dict):
+    """What each name of the grammar stands for in one story: chosen at its first use, the same from then on."""
+
+    rules = tuple(rule.split(" = ") for rule in STARTER_GRAMMAR.strip().replace("\n    ", " ").split("\n"))
+
+    def __init__(self, choose):
+        self.choose = choose  # maps a list to one of its elements
+
+    def __missing__(self, name):
+        if name[0].isupper():  # {They} begins a sentence
+            return self[name.lower()][0].upper() + self[name.lower()][1:]
+        names, alternatives = next(rule for rule in self.rules if name in rule[0].split("/"))
+        chosen = self.choose(alternatives.split(" | ")).format_map(self)
+        self.update(zip(names.split("/"), chosen.split("/")))
+        return self[name]
 
 
 def starter_corpus():
-    """[training, validation] bytes of real English that every CPython carries: the paragraphs of prose, without code
-    and tables, of its language reference and of the docstrings of its standard library. Every tenth topic or module is
-    held out."""
-    documents, library = [], Path(sysconfig.get_path("stdlib"))
-    with suppress(ImportError):  # some distributions leave it out
-        from pydoc_data.topics import topics
+    """[training, validation] bytes of made-up stories in the manner of TinyStories (arXiv 2305.07759), so simple that a
+    small model learns to tell them in minutes."""
+    random = Random(0)
 
-        documents += [topics[name] for name in sorted(topics)]
-    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    for path in sorted(library.rglob("*.py")):
-        if not {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
-            documents.append("")
-            with suppress(SyntaxError, ValueError, OSError), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of old spellings in the library's code
-                nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)]
-                documents[-1] = "\n\n".join(ast.get_docstring(node) or "" for node in nodes)
-    parts, seen = [[], []], set()
-    for number, document in enumerate(documents):
-        for paragraph in re.split(r"\n\s*\n", document):
-            text = " ".join(paragraph.split())
-            words = sum(letter.isascii() and (letter.isalpha() or letter in " ,.") for letter in text)
-            is_prose = len(text) >= 60 and words >= 0.93 * len(text) and re.fullmatch(r"[A-Z].*[.!?]", text)
-            if is_prose and text not in seen and not re.search(r"::|[-=_+|<>]{3}", text):
-                parts[number % 10 == 5].append(text)
-                seen.add(text)
-    return [STARTER_LINE + "\n\n".join(part).encode() for part in parts]
+    def choose(alternatives):
+        return alternatives[int(random.random() * len(alternatives))]  # random.choice may differ between Pythons
+
+    stories = [Story(choose)["story"] + "\n" for _ in range(2700)]
+    return [STARTER_LINE + "\n".join(part).encode() for part in (stories[:2450], stories[2450:])]
 
 
 def write_starter_corpus(config):
@@ -1137,11 +1174,9 @@ def write_starter_corpus(config):
     is_default = config.train_data_file == "train.txt" and config.validation_data_file in ("auto", "validation.txt")
     if rank() == 0 and is_default and not any(os.path.lexists(path) for path in paths):
         for path, text in zip(paths, starter_corpus()):
-            if len(text) < 10_000:
-                raise InputError(f"{path}: missing, and this Python carries no documentation to start with; write one")
             with open(path, "xb") as file:  # x: fails if the file exists
                 file.write(text)
-            say(f"wrote {path}: {len(text):,} bytes of Python's own documentation; put your own text in its place")
+            say(f"wrote {path}: {len(text):,} bytes of made-up stories; put your own text in its place")
     over_processes("max", [0])  # the other processes wait for the files
 
 
@@ -1483,7 +1518,8 @@ def show_samples(state, validation_set, log, report):
         for title, text in ((title, bytes(tokens).decode(errors="replace")) for title, tokens in texts.items()):
             say(f"    {title:<6}  {text[-60:] if title == 'prompt' else text[:60]!r}")  # fits 80 columns
             report += as_code(title, text)
-    for number in range(1, len(steps), math.ceil(len(steps) / 4)):
+    num_drafts = sum((x[0] == MASK).any().item() for x in steps)  # the others are revisions
+    for number in range(1, num_drafts, math.ceil(num_drafts / 4)):
         title = f"the first sample after {number} of {len(steps) - 1} passes"
         report += as_code(title, show_masks(steps[number][0].tolist()))
     log.writer.add_text("samples", report, state.step)
@@ -1536,9 +1572,9 @@ class Progress:
             self.bar.update(self.bar.total - num_masks - self.bar.n)
 
     def draw(self):
-        was_masked, x, screen = self.steps[-2:][0] == MASK, self.steps[-1], ""
+        x, is_new, screen = self.steps[-1], self.steps[-1] != self.steps[-2:][0], ""
         dim, fresh, plain = ("", "", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[1;32m", "\x1b[0m")
-        for row in zip(x.tolist(), was_masked.tolist()):
+        for row in zip(x.tolist(), is_new.tolist()):
             for (is_masked, is_fresh), group in itertools.groupby(zip(*row), lambda t: (t[0] == MASK, t[1])):
                 text = show_masks(token for token, _ in group)
                 screen += (dim if is_masked else fresh if is_fresh else plain) + text + plain
@@ -1817,8 +1853,7 @@ def resolve_defaults(config):
 
 STRATEGIES = ("random", "entropy", "low_confidence", "threshold")
 MAY_BE_0 = "conv_width mask_ratio_std muon_learning_rate weight_decay warmup_steps max_minutes temperature ema_decay "
-MAY_BE_0 += "seed inference_steps dropout revision_sweeps guidance_scale block_length cache_refresh "
-MAY_BE_0 += "num_samples"
+MAY_BE_0 += "seed inference_steps dropout revision_sweeps guidance_scale block_length cache_refresh num_samples"
 
 
 def one_of(*choices):
@@ -1979,6 +2014,7 @@ def evaluate_command(argv):
     parser.add_argument("--seed", type=int, default=0, help="of masks and samples (default: 0)")
     arguments, model, config, path, step = load_for_command(parser, fields, argv)
     require(1 < arguments.chunks <= 4096, "chunks", arguments.chunks, "2 to 4096")
+    require(0 <= arguments.seed < 2**63, "seed", arguments.seed, "0 to 2^63 - 1")
     with redirect_stdout(sys.stderr):  # notices; the standard output is for the figures
         train_set, dataset = open_datasets(config)
         writer = Writer(path.parent if path.is_file() else path)

@@ -26,9 +26,9 @@ ROWS = """
 --remasking low_confidence --top_p 1 --revision_sweeps 0 --cache_refresh 1
 --remasking low_confidence --top_p 1 --revision_sweeps 0
 --remasking threshold --confidence_threshold 0.5 --top_p 1 --revision_sweeps 0
---remasking entropy --top_p 0.8 --revision_sweeps 0
---remasking entropy
+--revision_sweeps 0 --top_p 0.97
 
+--remasking random
 --bytes_per_pass 2
 --bytes_per_pass 4
 """

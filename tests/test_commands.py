@@ -232,6 +232,9 @@ def test_evaluate_prints_the_same_table_for_the_same_seed_and_keeps_bound_and_ex
         "known words, free",
         "longest match, prompted",
     } <= values.keys()
+    refused = run_main(folder, "evaluate", "--seed", "-1")
+    assert refused.returncode == 2
+    assert refused.stderr.strip() == "error: seed=-1 is not possible: it must be 0 to 2^63 - 1"
     early = run_dir / "early.pt"
     torch.save(main.read_checkpoint(run_dir / "latest.pt") | {"step": 2}, early)
     options = ["--chunks", "3", "--max_length", "8", "--file", "train.txt", "--json", "--checkpoint", str(early)]

@@ -1,5 +1,6 @@
 """The data: any bytes, any size, and a batch that depends on (seed, step, rank) only."""
 
+import math
 import os
 import re
 import subprocess
@@ -113,27 +114,48 @@ def test_missing_folder_and_unreadable_files_are_one_line(tmp_path):
         main.ByteLevelTextDataset(tmp_path, 8)
 
 
-def test_the_starter_corpus_is_prose_and_no_paragraph_is_in_both_files(tmp_path, monkeypatch, config):
+def test_the_starter_corpus_is_the_same_each_time_and_no_story_is_in_both_files(tmp_path, monkeypatch, config):
     monkeypatch.chdir(tmp_path)
     main.write_starter_corpus(config)
     train, validation = ((tmp_path / name).read_bytes() for name in ("train.txt", "validation.txt"))
     assert len(train) > 500_000
     assert 0.02 < len(validation) / len(train) < 0.3
-    assert [train, validation] == main.starter_corpus()  # the same each time
-    paragraphs = [set(text.removeprefix(main.STARTER_LINE).decode().split("\n\n")) for text in (train, validation)]
-    assert not paragraphs[0] & paragraphs[1]
-    for paragraph in paragraphs[0] | paragraphs[1]:
-        assert re.match(r"[A-Z].*[.!?]$", paragraph), paragraph
-    assert b"  " not in train  # no tables
+    assert [train, validation] == main.starter_corpus()
+    stories = [
+        text.decode().removeprefix(main.STARTER_LINE.decode()).strip().split("\n\n") for text in (train, validation)
+    ]
+    assert len(set(stories[0] + stories[1])) == len(stories[0] + stories[1])
+    for story in stories[0] + stories[1]:
+        assert re.fullmatch(r"[A-Z][A-Za-z ,.:!?\"]*[.!]", story), story
+        assert "  " not in story
 
 
-def test_a_python_that_carries_no_documentation_is_one_line(tmp_path, monkeypatch, config):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    monkeypatch.setattr(main.sysconfig, "get_path", lambda _: str(tmp_path))
-    with pytest.raises(main.InputError, match=r"train\.txt: missing"):
-        main.write_starter_corpus(config)
-    assert not list(tmp_path.iterdir())
+def test_a_starter_story_keeps_to_its_hero_from_the_first_sentence_to_the_last():
+    homes = {"frog": "pond", "bear": "cave", "fox": "forest", "cat": "mill"}
+    foods = {"frog": "flies", "bear": "honey", "fox": "berries", "cat": "fish"}
+    story = main.Story(lambda alternatives: alternatives[0])
+    assert story["opening"] == "Once upon a time there was a little fox named Mia who lived in the forest."
+    assert story["They"] == "She"
+    for story in main.starter_corpus()[1].decode().strip().split("\n\n")[1:]:
+        heroes = set(homes) & set(story.split(".")[0].split())
+        for hero in heroes:
+            assert homes[hero] in story
+            assert not (set(foods.values()) - {foods[hero]}) & set(re.findall(r"\w+", story))
+        assert (" she " in story) + (" he " in story) < 2
+        assert len(set(re.findall(r"(Hugo|Nora|Clara|Bruno|Ida|Emil|Otto|Greta)", story))) == 1
+
+
+def test_no_model_can_know_more_of_the_starter_corpus_than_its_grammar():
+    """The bits of a story's choices, over its bytes: README's 0.096, below which no bound can fall on average."""
+    bits, random = 0, main.Random(1)
+
+    def choose(alternatives):
+        nonlocal bits
+        bits += math.log2(len(alternatives))
+        return random.choice(alternatives)
+
+    length = sum(len(main.Story(choose)["story"]) + 2 for _ in range(500))
+    assert bits / length == pytest.approx(0.096, abs=0.003)
 
 
 def test_existing_files_are_never_written_to(tmp_path, monkeypatch, config):

@@ -129,6 +129,19 @@ def test_a_seed_fixes_the_sample_whatever_the_global_generator(model):
     assert samples[0] == samples[1] != samples[2]
 
 
+def test_the_order_by_entropy_prefers_a_certain_position_exponentially():
+    """Of two positions, one certain and one of 0.6 nats, the first comes first with probability 1 / (1 + exp(-2))."""
+    number, p = 40_000, 0.7063  # entropy of (p, 1 - p): 0.6056 nats
+    logits = torch.full((number, 2, 256), -torch.inf)
+    logits[:, :, 65] = 0.0
+    logits[:, 1, 65:67] = torch.tensor([p, 1 - p]).log()
+    nats = -(p * math.log(p) + (1 - p) * math.log(1 - p))
+    uniform = torch.rand(number, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = main.score_positions("entropy", logits, torch.zeros(number, 2, dtype=torch.int64), uniform)
+    share = (scores[:, 0] > scores[:, 1]).float().mean().item()
+    assert share == pytest.approx(1 / (1 + math.exp(-nats / main.ENTROPY_TEMPERATURE)), abs=0.008)
+
+
 @pytest.mark.parametrize(
     "temperature, top_p, expected",
     [
@@ -245,14 +258,14 @@ def naive_sampler(model, text, config, seed=0):
             for i in masked:
                 probs = logits[i].softmax(-1)
                 for_byte, for_order = noise[step % 16, i - start].tolist()
-                top_p = max(config.top_p, 0.95) if config.revision_sweeps else config.top_p
+                top_p = max(config.top_p, 0.97) if config.revision_sweeps else config.top_p
                 chosen[i] = naive_draw(logits[i], config.temperature, top_p, for_byte)
                 entropy = -sum(p * math.log(p) for p in probs.tolist() if p > 0)
                 scores[i] = {
                     "random": for_order,
                     "low_confidence": probs[chosen[i]].item(),
                     "threshold": probs[chosen[i]].item(),
-                    "entropy": -entropy,
+                    "entropy": -entropy - 0.3 * math.log(-math.log(max(for_order, 1e-12))),
                 }[config.remasking]
             ranking = sorted(masked, key=lambda i: -scores[i])
             if config.remasking == "threshold":

@@ -553,8 +553,8 @@ def score_positions(strategy, logits, drawn, uniform):
 
     Random and entropy do not look at the drawn byte: with one byte per pass, temperature, top_p and cache_refresh all
     1, no guidance and no revisions, they sample exactly from a model whose predictions agree with each other. Those of
-    a real model do not quite. In random order it must guess far ahead, where it is weak, and the pieces do not fit; an
-    order by certainty alone leans to what is easy, low_confidence, which favours likely bytes anew in each pass, most.
+    a real model do not quite. In random order it must guess far ahead, where it is weak, and the pieces do not fit. An
+    order by certainty alone leans to what is easy; most of all low_confidence, which favours likely bytes in each pass.
     """
     if strategy == "random":
         return uniform
@@ -1149,7 +1149,7 @@ class Story(dict):
 
     def __missing__(self, name):
         if name[0].isupper():  # {They} begins a sentence
-            return self[name.lower()][0].upper() + self[name.lower()][1:]
+            return self[name.lower()].capitalize()
         names, alternatives = next(rule for rule in self.rules if name in rule[0].split("/"))
         chosen = self.choose(alternatives.split(" | ")).format_map(self)
         self.update(zip(names.split("/"), chosen.split("/")))

@@ -117,7 +117,7 @@ class CONFIG:
 
     # Not in the papers: what makes the model learn faster (README, What each choice gives); 0 switches each off
     conv_width: int = 9  # bytes, odd: depthwise convolution before each block
-    mask_ratio_std: float = 0.1  # of the bell around 0.45 of training's mask ratios; 0: all uniform, the bound itself
+    mask_ratio_std: float = 0.1  # of the bell of training's mask ratios, around 0.45 or more; 0: all uniform, the bound
     muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the blocks; 0: AdamW for all
 
     # Optimization
@@ -442,11 +442,12 @@ def draw_noise(num_rows, length, generator):
 
 
 UNIFORM_SHARE = 1 / 8  # of a batch's rows; with none, samples of Japanese held twice the text's white space
+LEAST_MEAN, LARGEST_MEAN = 0.45, 0.75  # of the bell
 
 
-def training_mask_ratios(t, std):
+def training_mask_ratios(t, std, mean=LEAST_MEAN):
     """The mask ratios of training, from uniform t: an eighth of the rows stay uniform, the others become quantiles of a
-    normal of mean 0.45 and standard deviation std.
+    normal of this mean and standard deviation.
 
     Almost all or almost nothing masked teaches little: after 600 steps of the default CPU size the bound is 0.14 bits
     per byte better this way. But the sampler starts from MASKs alone and revises with most bytes in view, so the model
@@ -455,8 +456,14 @@ def training_mask_ratios(t, std):
     if not std:
         return t
     of_bell = (t - UNIFORM_SHARE) / (1 - UNIFORM_SHARE)
-    bell = (0.45 + std * math.sqrt(2) * torch.erfinv(2 * of_bell.clamp(min=0) - 1)).clamp(0, 1 - 1e-6)
+    bell = (mean + std * math.sqrt(2) * torch.erfinv(2 * of_bell.clamp(min=0) - 1)).clamp(0, 1 - 1e-6)
     return torch.where(t < UNIFORM_SHARE, t / UNIFORM_SHARE, bell)
+
+
+def next_mask_ratio_mean(mean, loss):
+    """The mean of the bell in the next step. A loss below 1 nat per byte says that the masks have become too easy to
+    teach much: it rises, by a few tenths in a thousand steps. Scalars on the device, so no step waits for it."""
+    return (mean + 0.002 * (1 - loss).nan_to_num()).clamp(LEAST_MEAN, LARGEST_MEAN)
 
 
 def choose_positions(candidates, scores, counts):
@@ -777,7 +784,7 @@ def train(config, run_dir=None, checkpoint=None):
         started, is_over = time.perf_counter() - 60 * state.minutes, False
         log.restart()
         while not is_over:
-            t, noise = training_noise(config, state.step)  # of all rows of the step, whoever computes them
+            t, noise = training_noise(state)  # of all rows of the step, whoever computes them
             loss = torch.zeros((), device=config.device)
             for micro_batch in range(num_micro_batches):
                 first = (micro_batch * world_size() + rank()) * config.batch_size
@@ -789,6 +796,8 @@ def train(config, run_dir=None, checkpoint=None):
                         part = loss_function(model, x0, t[rows], noise[rows]) / num_micro_batches  # forward
                     state.scaler.scale(part).backward()  # backward
                 loss += part.detach()
+            loss = mean_over_processes(loss)
+            state.mask_ratio_mean = next_mask_ratio_mean(state.mask_ratio_mean, loss)
             norm = optimizer_step(state)  # step
             state.minutes, signal_number = agree(state, (time.perf_counter() - started) / 60, received)
             signal_number = 0 if state.is_over() else int(signal_number)  # in the last step it comes too late
@@ -820,14 +829,15 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def training_noise(config, step):
+def training_noise(state):
     """`draw_noise` of the whole batch of a step, over all micro-batches and processes, so that any split of it gives
     the same masks; its mask ratios follow `training_mask_ratios`. Seeds torch's generator for dropout, too."""
-    torch.manual_seed(derive_seed(config.seed, step, 1 + rank()))
-    generator = torch.Generator(config.device).manual_seed(derive_seed(config.seed, step))
+    config = state.config
+    torch.manual_seed(derive_seed(config.seed, state.step, 1 + rank()))
+    generator = torch.Generator(config.device).manual_seed(derive_seed(config.seed, state.step))
     num_rows = config.batch_size * config.gradient_accumulation_steps * world_size()
     t, noise = draw_noise(num_rows, config.max_length, generator)
-    return training_mask_ratios(t, config.mask_ratio_std), noise
+    return training_mask_ratios(t, config.mask_ratio_std, state.mask_ratio_mean), noise
 
 
 def learning_rate_scale(config, step, minutes):
@@ -1265,6 +1275,7 @@ class TrainingState:
     def __init__(self, config, checkpoint=None):
         self.config, self.step, self.minutes, self.best_bound = config, 0, 0.0, math.inf
         self.intervals = config.log_every, config.validate_every, config.checkpoint_every
+        self.mask_ratio_mean = torch.tensor(LEAST_MEAN, device=config.device)
         torch.manual_seed(config.seed)
         self.model = MaskPredictor(config).to(config.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)  # exponential moving average of the weights
@@ -1278,7 +1289,7 @@ class TrainingState:
 
     def state_dict(self):
         parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "scaler")}
-        numbers = {name: getattr(self, name) for name in ("step", "minutes", "best_bound")}
+        numbers = {name: getattr(self, name) for name in ("step", "minutes", "best_bound", "mask_ratio_mean")}
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         return {"config": dataclasses.asdict(self.config), **parts, **numbers, "optimizers": optimizers}
 
@@ -1292,6 +1303,7 @@ class TrainingState:
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             self.step, self.minutes = state["step"], state["minutes"]
+            self.mask_ratio_mean = state["mask_ratio_mean"].to(self.config.device)
             measured = ("train_data_file", "validation_data_file", "validation_bytes", "max_length", "objective")
             if all(state["config"][name] == getattr(self.config, name) for name in measured):
                 self.best_bound = state["best_bound"]  # else there is nothing to compare it with
@@ -1458,7 +1470,7 @@ class Log:
     def step(self, loss, norm):
         """Report a step from its loss and gradient norm, scalars on the device. TrainingError: they are not finite."""
         config, step, writer = self.config, self.state.step, self.writer
-        loss, norm = (over_processes("sum", [loss.item(), norm.item()]) / world_size()).tolist()  # waits for the device
+        loss, norm = loss.item(), norm.item()  # waits for the device
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
             found = f"step {step:,}: the loss is {loss:.3g}, the norm of the gradient {norm:.3g}; the checkpoints hold "
             hint = "lower --learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
@@ -1472,6 +1484,7 @@ class Log:
         writer.add_scalar("train/learning_rate", learning_rate, step)
         writer.add_scalar("train/bytes_per_second", bytes_per_second, step)
         writer.add_scalar("train/gradient_norm", norm, step)
+        writer.add_scalar("train/mask_ratio_mean", self.state.mask_ratio_mean, step)
         text = f"step {step:,}/{config.max_steps:,}  loss {loss:.3f}  lr {learning_rate:.1e}  "
         text += f"{bytes_per_second:,.0f} bytes/s  {tqdm.format_interval(left)} left"
         self.bar.update(step - self.bar.n)
@@ -1758,6 +1771,13 @@ def over_processes(operation, numbers):
     return numbers
 
 
+def mean_over_processes(value):
+    """The mean of a tensor over all processes, on its device; nothing waits for it until it is read."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value / world_size()
+
+
 def agree(state, minutes, received):
     """[minutes, signal received or 0], alike in all processes; several ask each other every log_every steps."""
     is_asked = state.step % state.config.log_every == 0 or state.step >= state.config.max_steps
@@ -1786,7 +1806,7 @@ def profile(config):
     write_starter_corpus(config)
     train_set, _ = open_datasets(config)
     state, on_cuda, num_bytes = TrainingState(config), "cuda" in config.device, config.batch_size * config.max_length
-    t, noise = training_noise(dataclasses.replace(config, gradient_accumulation_steps=1), step=0)
+    t, noise = (part[: config.batch_size] for part in training_noise(state))
     x0 = train_set.random_crops(config.seed, 0, slice(None), len(t)).to(config.device)
     flops = count_flops(lambda: masked_diffusion_loss(state.model, x0, t, noise).backward())
     loss_function = compile_loss(state.model, config)
@@ -1968,7 +1988,8 @@ SAMPLING = SAMPLING[SAMPLING.index("remasking") : SAMPLING.index("num_samples")]
 def generate_command(argv):
     fields = [*SAMPLING, "seed", "device"]
     parser = new_parser("generate", "Write text after a prompt, before a suffix, or into holes.")
-    parser.add_argument("--prompt", default="", help="text to continue; {12} in it is a hole of 12 bytes")
+    new_paragraph = "text to continue (default: an empty line, after which a paragraph begins)"
+    parser.add_argument("--prompt", default="\n\n", help=new_paragraph + "; {12} in it is a hole of 12 bytes")
     parser.add_argument("--suffix", default="", help="text to lead up to, which may have such holes, too")
     parser.add_argument("--response_length", type=int, help="bytes to write (default: up to max_length; 0 with holes)")
     parser.add_argument("--samples", type=int, default=1, help="how many, in one batch, with seeds from --seed on")

@@ -172,7 +172,9 @@ def test_generate_continues_a_prompt_and_fills_a_hole(trained):
     assert "\x1b" not in done.stdout  # no terminal
     again = run_main(folder, "generate", "--prompt", "to be", "--response_length", "6", "--suffix", " be.")
     assert again.stdout == done.stdout
-    assert run_main(folder, "generate", "--checkpoint", str(run_dir), "--seed", "3").returncode == 0
+    unprompted = run_main(folder, "generate", "--checkpoint", str(run_dir), "--seed", "3").stdout
+    assert unprompted.startswith("\n\n")
+    assert run_main(folder, "generate", "--prompt", "", "--seed", "3").stdout != unprompted
 
 
 def test_generate_refuses_what_does_not_fit(trained):
@@ -186,7 +188,7 @@ def test_generate_refuses_what_does_not_fit(trained):
     [
         (["--samples", "0"], "samples=0"),
         (["--prompt", "x" * 16], "prompt='16 bytes'"),
-        (["--guidance_scale", "1"], "guidance_scale=1.0"),
+        (["--prompt", "", "--guidance_scale", "1"], "guidance_scale=1.0"),
         (["--top_p", "1.5"], "top_p=1.5"),
         (["--response_length", "-3"], "response_length=-3"),
     ],

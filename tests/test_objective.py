@@ -170,9 +170,9 @@ def test_accumulating_micro_batches_trains_like_one_batch(text_folder, splits):
 def test_the_mask_ratios_of_a_step_are_stratified_anew_over_the_whole_batch():
     """One in each of as many equal parts as there are rows, in all micro-batches together, at another offset each step."""
     config = main.CONFIG(**{**TINY, "batch_size": 4}, gradient_accumulation_steps=5, mask_ratio_std=0.0)
-    offsets = set()
-    for step in range(50):
-        t, scores = main.training_noise(config, step)
+    offsets, state = set(), main.TrainingState(config)
+    for state.step in range(50):
+        t, scores = main.training_noise(state)
         assert scores.shape == (20, 16)
         assert (t * 20).floor().tolist() == list(range(20))
         offsets.add((t[0] * 20).item())
@@ -189,6 +189,21 @@ def test_seven_of_eight_mask_ratios_of_training_are_of_a_bell_and_one_is_uniform
     extreme = main.training_mask_ratios(torch.tensor([0.0, 0.124999, 0.125, 0.5, 0.999999]), 0.5)
     assert ((extreme >= 0) & (extreme < 1)).all()
     assert torch.equal(main.training_mask_ratios(t, 0.0), t)
+
+
+def test_more_is_masked_while_the_loss_is_below_one_nat_and_less_again_while_it_is_above():
+    def mean_after(mean, *losses):
+        for loss in losses:
+            mean = main.next_mask_ratio_mean(torch.as_tensor(mean), torch.tensor(loss))
+        return mean.item()
+
+    assert mean_after(0.45, *[0.5] * 10) == pytest.approx(0.46)
+    assert mean_after(0.46, *[1.5] * 5) == pytest.approx(0.455)
+    assert mean_after(0.45, 5.5, 1.0) == pytest.approx(0.45)
+    assert mean_after(0.45, *[0.0] * 500) == pytest.approx(0.75)
+    assert mean_after(0.6, math.nan, math.inf, 0.0) == pytest.approx(0.452), "one overflow in fp16 does no harm"
+    t = main.stratified_quantiles(800, torch.Generator().manual_seed(0))
+    assert main.training_mask_ratios(t, 0.1, 0.75)[100:].mean().item() == pytest.approx(0.75, abs=2e-3)
 
 
 def test_the_loss_by_default_is_the_bound_whatever_training_draws(config, model):

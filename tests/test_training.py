@@ -131,6 +131,7 @@ def test_a_run_writes_what_the_readme_promises(text_folder):
     }
     assert set(scalars) == {
         *("train/loss", "train/bits_per_byte", "train/learning_rate", "train/gradient_norm", "train/bytes_per_second"),
+        "train/mask_ratio_mean",
         *("val/bits_per_byte", "val/best_bits_per_byte", "val/final_bits_per_byte", *tens),
     }
     assert sorted(scalars["train/loss"]) == [10, 20, 30]
@@ -254,6 +255,16 @@ def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_uninterrupted_one(te
     logged = [read_scalars(run) for run in (whole, part)]
     for tag in logged[0].keys() - {"train/bytes_per_second"}:
         assert logged[0][tag] == pytest.approx(logged[1][tag], nan_ok=True), tag
+
+
+def test_an_easy_text_is_masked_more_and_more_and_a_resumed_run_goes_on_from_there(text_folder):
+    for name in ("train.txt", "validation.txt"):
+        (text_folder / name).write_bytes(b"a" * (1000 + len(name)))
+    run_dir, _ = train_tiny(text_folder, "--max_steps=60", "--log_every=10", "--num_samples=0")
+    means = read_scalars(run_dir)["train/mask_ratio_mean"]
+    assert pytest.approx(0.45) == means[10] < means[40] < means[50] < means[60]
+    resumed = main.TrainingState(main.CONFIG(**TINY), main.read_checkpoint(run_dir / "latest.pt"))
+    assert resumed.mask_ratio_mean.item() == means[60]
 
 
 def test_resume_auto_takes_the_newest_run_and_a_raised_max_steps(text_folder):

@@ -4,7 +4,7 @@
     tensorboard --logdir=runs                             watch the run
     python main.py --model_dim 256 --max_steps 5000       every field of CONFIG is a flag
     python main.py --resume auto                          go on with the newest run
-    python main.py generate --prompt "One day " --watch   sample from the newest run and see the text emerge
+    python main.py generate --watch                       sample from the newest run and see the text emerge
     python main.py evaluate                               how good the newest run is, in many figures
     python main.py profile                                how fast a training step is, and where its time goes
     torchrun --nproc_per_node=8 main.py                   the same training on eight GPUs

@@ -134,7 +134,7 @@ class CONFIG:
     temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
     revision_sweeps: int = 12  # how often each byte is drawn anew after the first draft, its neighbours in view
     top_p: float = 0.5  # revisions draw from the most probable bytes that reach this sum; with no sweeps the draft does
-    guidance_scale: float = 0.0  # classifier-free guidance: how far from the prediction without the prompt; 0: none
+    guidance_scale: float = 0.0  # classifier-free guidance, LLaDA's cfg_scale: away from the unprompted; 0: none
     block_length: int = 16  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
     cache_refresh: int = 0  # every n-th pass of a block is over the whole sequence; 1: all; 0: the very first alone
     num_samples: int = 3  # prompts from the validation text that each validation continues
@@ -241,11 +241,12 @@ class Attention(nn.Module):
             k, v = cache.update((self, "k"), k, dim=2), cache.update((self, "v"), v, dim=2)
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, L], the same for all heads and queries
-        if self.is_causal:
+        if self.is_causal and (cache is not None or attention_mask is not None):
             causal = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril()  # [L, L]
             causal = causal if cache is None else causal[cache.span]
             attention_mask = causal if attention_mask is None else attention_mask & causal
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)  # [B, H, L, d]
+        is_causal = self.is_causal and attention_mask is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=is_causal)  # [B, H, L, d]
         return self.wo(out.transpose(1, 2).flatten(-2))  # [B, L, D]
 
     def split_heads(self, x):
@@ -434,15 +435,15 @@ def draw_noise(num_rows, length, generator):
     """All the randomness of masking a batch: t [num_rows] and noise [num_rows, length], which ranks the positions.
 
     t is LLaDA's t as a ratio: exactly 1 + floor(t * length) bytes will be masked, where LLaDA masks each of them with
-    probability t. The bound is the same (see `masked_diffusion_loss`); it is stratified, so that every batch covers all
-    mask ratios evenly.
+    probability t. The bound is the same (see `masked_diffusion_loss`). t is stratified: every batch covers all of it
+    evenly.
     """
     t = stratified_quantiles(num_rows, generator)
     return t, torch.rand(num_rows, length, generator=generator, device=generator.device)
 
 
 UNIFORM_SHARE = 1 / 8  # of a batch's rows; with none, samples of Japanese held twice the text's white space
-LEAST_MEAN, LARGEST_MEAN = 0.45, 0.75  # of the bell
+LEAST_MEAN, LARGEST_MEAN = 0.45, 0.75  # of the bell, see `next_mask_ratio_mean`
 
 
 def training_mask_ratios(t, std, mean=LEAST_MEAN):
@@ -461,9 +462,10 @@ def training_mask_ratios(t, std, mean=LEAST_MEAN):
 
 
 def next_mask_ratio_mean(mean, loss):
-    """The mean of the bell in the next step. A loss below 1 nat per byte says that the masks have become too easy to
-    teach much: it rises, by a few tenths in a thousand steps. Scalars on the device, so no step waits for it."""
-    return (mean + 0.002 * (1 - loss).nan_to_num()).clamp(LEAST_MEAN, LARGEST_MEAN)
+    """The mean of the bell in the next step: it rises while the loss is below 1 nat per byte, as such masks are too easy
+    to teach much, and falls again while it is above. The default CPU size reaches 0.54 bits per byte on the starter
+    corpus that way, 0.72 with a bell that stays at 0.45. Scalars on the device: no step waits for them."""
+    return (mean + 0.002 * (1 - loss).nan_to_num(0, 0, 0)).clamp(LEAST_MEAN, LARGEST_MEAN)
 
 
 def choose_positions(candidates, scores, counts):
@@ -510,7 +512,7 @@ def masked_diffusion_loss(model, x0, t=None, noise=None):
 
         E_{k ~ Uniform{1..L}}  E_{masks of k bytes}  [ mean cross-entropy of the k masked bytes ]
 
-    which has no 1/t to blow up. The mean is taken within each sequence, then over the sequences; dividing by the number
+    (LLaDA's eq. 6, by which it evaluates). There is no 1/t to blow up. The mean is taken within each sequence, then over the sequences; dividing by the number
     of masks in the whole batch would be another objective.
 
     `model` maps int64 [B, L] to logits [B, L, 256]; x0 is int64 [B, L], clean bytes, PAD where a sequence is shorter; t
@@ -626,7 +628,8 @@ def denoise(model, x, config, seeds):
     remask all but the most confident, hence the name of the field `remasking`.) Given bytes never change, PAD is not
     seen. The noise of a row follows from its seed and the block: what it draws does not depend on the other rows.
 
-    If revisions follow (see `revise`), top_p is theirs, and the draft leaves out at most the least probable 3 %.
+    Unless revision_sweeps is 0, top_p is for the revisions (see `revise`; the twin's text gets none), and the draft
+    leaves out at most the least probable 3 %.
 
     With a cache a pass computes the block alone. What it sees of all other positions was computed before: by a pass
     over the whole sequence, at every `cache_refresh`-th pass of a block or just once at the start, and by the first
@@ -713,7 +716,7 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
 
     Returns prompt, response and suffix as one str, with invalid UTF-8 replaced by U+FFFD; for a list, a list of those.
     Raises InputError if the whole is longer than rope_max_length_buffer, response_length is negative, a number is
-    neither a byte nor MASK, or guidance_scale is given without a prompt.
+    neither a byte nor MASK, seed is negative, or guidance_scale is given without a prompt.
     """
     is_batch = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], (int, np.integer)))
     require(response_length >= 0, "response_length", response_length, "0 or more")
@@ -735,6 +738,7 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
     rows = [[PAD] * start + text + [PAD] * (length - start - len(text)) for start, text in zip(starts, texts)]
     x = torch.tensor(rows, dtype=torch.int64, device=next(model.parameters()).device).view(len(texts), length)
     seed, on_step = config.seed if seed is None else seed, on_step or (lambda x: None)
+    require(seed >= 0, "seed", seed, "0 or more")
     is_given, seeds, width = x != MASK, range(seed, seed + len(texts)), config.block_length or length
     num_positions = len(texts) * (width if config.cache_refresh == 0 else length)
     num_threads = torch.get_num_threads()
@@ -779,6 +783,7 @@ def train(config, run_dir=None, checkpoint=None):
     run_dir = run_dir or make_run_dir(config)
     log, model, num_micro_batches = Log(state, run_dir), in_parallel(state.model), config.gradient_accumulation_steps
     loss_function = compile_loss(model, config)
+    intervals = config.log_every, config.validate_every, config.checkpoint_every
     announce(state, train_set, validation_set, run_dir)
     with stop_signals() as received, closing(log):
         started, is_over = time.perf_counter() - 60 * state.minutes, False
@@ -790,7 +795,7 @@ def train(config, run_dir=None, checkpoint=None):
                 first = (micro_batch * world_size() + rank()) * config.batch_size
                 rows, is_last = slice(first, first + config.batch_size), micro_batch == num_micro_batches - 1
                 x0 = train_set.random_crops(config.seed, state.step, rows, len(t))  # fetch
-                x0 = x0.to(config.device, non_blocking=True)
+                x0 = x0.to(config.device, non_blocking="cuda" in config.device)  # on MPS it may lose bytes
                 with nullcontext() if is_last or model is state.model else model.no_sync():
                     with autocast(config):
                         part = loss_function(model, x0, t[rows], noise[rows]) / num_micro_batches  # forward
@@ -802,7 +807,7 @@ def train(config, run_dir=None, checkpoint=None):
             state.minutes, signal_number = agree(state, (time.perf_counter() - started) / 60, received)
             signal_number = 0 if state.is_over() else int(signal_number)  # in the last step it comes too late
             is_over = state.is_over() or bool(signal_number)
-            to_log, to_validate, to_save = (is_over or state.step % every == 0 for every in state.intervals)
+            to_log, to_validate, to_save = (is_over or state.step % every == 0 for every in intervals)
             if to_log or to_validate or to_save:
                 log.step(loss, norm)  # log; raises TrainingError if they are not finite, before anything is saved
             if to_validate and not signal_number:
@@ -830,8 +835,8 @@ def derive_seed(*numbers):
 
 
 def training_noise(state):
-    """`draw_noise` of the whole batch of a step, over all micro-batches and processes, so that any split of it gives
-    the same masks; its mask ratios follow `training_mask_ratios`. Seeds torch's generator for dropout, too."""
+    """`draw_noise` of the whole batch of a step, over all micro-batches and processes, so that any split of it gets the
+    same; its mask ratios follow `training_mask_ratios`. Seeds torch's generator for dropout, too."""
     config = state.config
     torch.manual_seed(derive_seed(config.seed, state.step, 1 + rank()))
     generator = torch.Generator(config.device).manual_seed(derive_seed(config.seed, state.step))
@@ -842,7 +847,7 @@ def training_noise(state):
 
 def learning_rate_scale(config, step, minutes):
     """Factor of the peak learning rate: linear warm-up times linear decay to zero at max_steps or max_minutes,
-    whichever comes first. A function of the step and the clock alone, hence nothing to save or to restore."""
+    whichever comes first. A function of the step and the clock alone, so there is no scheduler to save."""
     progress = max(step / config.max_steps, minutes / config.max_minutes if config.max_minutes else 0.0)
     return min(1.0, (step + 1) / (config.warmup_steps + 1)) * max(0.0, 1.0 - progress)
 
@@ -877,7 +882,7 @@ def validate(state, train_set, validation_set, log):
     train_bound, _ = estimate_nelbo(model, train_set, config.validation_bytes)
     lengths, ratios, bits, accuracies = measure_chunks(model, validation_set, config.validation_bytes)
     bound, error = mean_over_bytes(bits, lengths)
-    is_best, state.best_bound = bound < state.best_bound, min(state.best_bound, bound)
+    best_before, state.best_bound = state.best_bound, min(state.best_bound, bound)
     if rank() == 0:
         kind = KIND[config.objective]
         say(f"step {step:,}: {kind} {bound:.3f} ± {error:.3f} bits per byte, on training text {train_bound:.3f}")
@@ -890,8 +895,8 @@ def validate(state, train_set, validation_set, log):
             writer.add_scalar(f"validation_accuracy_by_mask_ratio/to_{end:03d}_percent", accuracy.mean(), step)
         if config.num_samples:
             show_samples(state, validation_set, log, f"## step {step:,}: {kind} {bound:.3f} bits per byte\n\n")
-        if is_best:
-            save_checkpoint(log.run_dir, "best.pt", state)
+        if bound < best_before and not save_checkpoint(log.run_dir, "best.pt", state):
+            state.best_bound = best_before  # best.pt is still that of the bound before
     log.validating += time.perf_counter() - started
     log.restart()
 
@@ -1215,8 +1220,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalized update, for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     torch.optim.Muon does so by five fixed steps in bfloat16, one matrix after the other. On a CPU without bf16
-    arithmetic its products are a hundred times slower than float32. So a CPU stays in float32 here, and matrices of one
-    shape are stacked, their momentum in the first's state.
+    arithmetic its products are a hundred times slower than float32. So whatever lacks it stays in float32 here (as does
+    every CPU), and matrices of one shape are stacked, their momentum in the first's state.
     """
 
     def __init__(self, matrices, lr, momentum=0.9):
@@ -1230,8 +1235,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices, momentum = group["params"], group["momentum"]
             gradients = torch.stack([matrix.grad for matrix in matrices])  # [N, rows, columns]
-            average = self.state[matrices[0]].setdefault("momentum_buffer", torch.zeros_like(gradients))
-            average.lerp_(gradients, 1 - momentum)
+            state = self.state[matrices[0]]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(gradients)
+            average = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
             update = orthogonalize(gradients.lerp(average, momentum)).to(gradients.dtype)  # Nesterov's momentum
             scale = max(1, gradients.shape[1] / gradients.shape[2]) ** 0.5
             torch._foreach_add_(matrices, list(update), alpha=-group["lr"] * scale)
@@ -1241,7 +1248,8 @@ def orthogonalize(matrices):
     """About U V^T for each matrix U S V^T of the stack [N, rows, columns]: three odd polynomials, each the best of its
     degree for what the one before leaves (the method of Polar Express, arXiv 2505.16932), take all singular values from
     1 % of the Frobenius norm on to 0.73..1.27. Muon's own five steps reach 0.7..1.2."""
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    has_bf16 = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    x = matrices.bfloat16() if has_bf16 else matrices
     x = x.mT if matrices.shape[1] > matrices.shape[2] else x  # the Gram matrix of the shorter side
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in POLYNOMIALS:  # a x + b x^3 + c x^5
@@ -1274,7 +1282,6 @@ class TrainingState:
 
     def __init__(self, config, checkpoint=None):
         self.config, self.step, self.minutes, self.best_bound = config, 0, 0.0, math.inf
-        self.intervals = config.log_every, config.validate_every, config.checkpoint_every
         self.mask_ratio_mean = torch.tensor(LEAST_MEAN, device=config.device)
         torch.manual_seed(config.seed)
         self.model = MaskPredictor(config).to(config.device)
@@ -1303,7 +1310,7 @@ class TrainingState:
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             self.step, self.minutes = state["step"], state["minutes"]
-            self.mask_ratio_mean = state["mask_ratio_mean"].to(self.config.device)
+            self.mask_ratio_mean = state.get("mask_ratio_mean", self.mask_ratio_mean).to(self.config.device)
             measured = ("train_data_file", "validation_data_file", "validation_bytes", "max_length", "objective")
             if all(state["config"][name] == getattr(self.config, name) for name in measured):
                 self.best_bound = state["best_bound"]  # else there is nothing to compare it with
@@ -1484,7 +1491,8 @@ class Log:
         writer.add_scalar("train/learning_rate", learning_rate, step)
         writer.add_scalar("train/bytes_per_second", bytes_per_second, step)
         writer.add_scalar("train/gradient_norm", norm, step)
-        writer.add_scalar("train/mask_ratio_mean", self.state.mask_ratio_mean, step)
+        if config.mask_ratio_std and config.objective == "diffusion":
+            writer.add_scalar("train/mask_ratio_mean", self.state.mask_ratio_mean, step)
         text = f"step {step:,}/{config.max_steps:,}  loss {loss:.3f}  lr {learning_rate:.1e}  "
         text += f"{bytes_per_second:,.0f} bytes/s  {tqdm.format_interval(left)} left"
         self.bar.update(step - self.bar.n)
@@ -1767,12 +1775,12 @@ def over_processes(operation, numbers):
     """Each number's "max" or "sum" over all processes, float64: so they decide alike, and wait for each other."""
     numbers = torch.as_tensor(numbers, dtype=torch.double)
     if dist.is_initialized():
-        dist.all_reduce(numbers, {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}[operation])
+        dist.all_reduce(numbers, getattr(dist.ReduceOp, operation.upper()))
     return numbers
 
 
 def mean_over_processes(value):
-    """The mean of a tensor over all processes, on its device; nothing waits for it until it is read."""
+    """The mean of a tensor, which is overwritten, over all processes; on a GPU the host does not wait for it."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value / world_size()
@@ -2027,7 +2035,8 @@ MEMORIZED_BYTES = 2**26  # samples are compared with so much of the training tex
 
 
 def evaluate_command(argv):
-    fields = [*SAMPLING, "train_data_file", "validation_data_file", "max_length", "device"]
+    sampling = [name for name in SAMPLING if name != "guidance_scale"]  # it needs prompts, which free samples have not
+    fields = [*sampling, "train_data_file", "validation_data_file", "max_length", "device"]
     parser = new_parser("evaluate", "Likelihoods, infilling and samples of a model, with their errors.")
     parser.add_argument("--file", metavar="TEXT", help="another text to evaluate on")
     parser.add_argument("--chunks", type=int, default=16, help="chunks, holes and samples of each figure but the bound")

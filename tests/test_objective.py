@@ -201,7 +201,7 @@ def test_more_is_masked_while_the_loss_is_below_one_nat_and_less_again_while_it_
     assert mean_after(0.46, *[1.5] * 5) == pytest.approx(0.455)
     assert mean_after(0.45, 5.5, 1.0) == pytest.approx(0.45)
     assert mean_after(0.45, *[0.0] * 500) == pytest.approx(0.75)
-    assert mean_after(0.6, math.nan, math.inf, 0.0) == pytest.approx(0.452), "one overflow in fp16 does no harm"
+    assert mean_after(0.6, math.nan, math.inf, 0.0) == pytest.approx(0.602), "one overflow in fp16 does no harm"
     t = main.stratified_quantiles(800, torch.Generator().manual_seed(0))
     assert main.training_mask_ratios(t, 0.1, 0.75)[100:].mean().item() == pytest.approx(0.75, abs=2e-3)
 

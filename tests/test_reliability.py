@@ -152,6 +152,17 @@ def test_a_full_disk_is_said_and_keeps_the_checkpoint_before(text_folder):
     assert not list(run_dir.glob("*.tmp"))
 
 
+def test_a_best_model_that_could_not_be_saved_does_not_keep_the_next_one_from_being_saved(text_folder, monkeypatch):
+    bounds = iter([0, 5, 0, 3, 0, 4, 0])  # in turn of the training and the validation text, at last the final one
+    monkeypatch.setattr(main, "mean_over_bytes", lambda *_: (float(next(bounds)), 0.1))
+    original = main.save_checkpoint
+    is_full = lambda name, state: (name, state.step) == ("best.pt", 4)
+    monkeypatch.setattr(main, "save_checkpoint", lambda *a: False if is_full(*a[1:]) else original(*a))
+    run_dir, _ = train_tiny(text_folder, "--max_steps=6", "--validate_every=2", "--num_samples=0")
+    saved = main.read_checkpoint(run_dir / "best.pt")
+    assert (saved["step"], saved["best_bound"]) == (6, 4.0)
+
+
 def test_a_full_disk_silences_tensorboard_but_not_the_training(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError(28, "No space left on device")

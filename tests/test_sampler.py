@@ -513,6 +513,11 @@ def test_options_that_make_no_sense_are_refused_in_one_line_with_their_name(opti
     assert "\n" not in str(refused.value)
 
 
+def test_a_negative_seed_is_refused(model):
+    with pytest.raises(main.InputError, match="seed=-1"):
+        main.run_conditional_diffusion_inference(model, b"a", 4, settings(), seed=-1)
+
+
 def test_guidance_without_any_given_byte_is_refused(model):
     with pytest.raises(main.InputError, match="guidance_scale=1.0"):
         main.run_conditional_diffusion_inference(model, b"", 4, settings(guidance_scale=1.0))

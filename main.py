@@ -435,7 +435,7 @@ def draw_noise(num_rows, length, generator):
     """All the randomness of masking a batch: t [num_rows] and noise [num_rows, length], which ranks the positions.
 
     t is LLaDA's t as a ratio: exactly 1 + floor(t * length) bytes will be masked, where LLaDA masks each of them with
-    probability t. The bound is the same (see `masked_diffusion_loss`). t is stratified: every batch covers all of it
+    probability t. The bound is the same (see `masked_diffusion_loss`). t is stratified: every batch covers [0, 1)
     evenly.
     """
     t = stratified_quantiles(num_rows, generator)
@@ -446,7 +446,7 @@ UNIFORM_SHARE = 1 / 8  # of a batch's rows; with none, samples of Japanese held 
 LEAST_MEAN, LARGEST_MEAN = 0.45, 0.75  # of the bell, see `next_mask_ratio_mean`
 
 
-def training_mask_ratios(t, std, mean=LEAST_MEAN):
+def training_mask_ratios(t, std, mean):
     """The mask ratios of training, from uniform t: an eighth of the rows stay uniform, the others become quantiles of a
     normal of this mean and standard deviation.
 
@@ -462,9 +462,9 @@ def training_mask_ratios(t, std, mean=LEAST_MEAN):
 
 
 def next_mask_ratio_mean(mean, loss):
-    """The mean of the bell in the next step: it rises while the loss is below 1 nat per byte, as such masks are too easy
-    to teach much, and falls again while it is above. The default CPU size reaches 0.54 bits per byte on the starter
-    corpus that way, 0.72 with a bell that stays at 0.45. Scalars on the device: no step waits for them."""
+    """The mean of the bell in the next step: it rises while the loss is below 1 nat per byte, as such masks are too
+    easy to teach much, and falls again while it is above. The default CPU size reaches 0.54 bits per byte on the
+    starter corpus this way, 0.72 with a bell that stays at 0.45. Scalars on the device: no step waits for them."""
     return (mean + 0.002 * (1 - loss).nan_to_num(0, 0, 0)).clamp(LEAST_MEAN, LARGEST_MEAN)
 
 
@@ -512,8 +512,8 @@ def masked_diffusion_loss(model, x0, t=None, noise=None):
 
         E_{k ~ Uniform{1..L}}  E_{masks of k bytes}  [ mean cross-entropy of the k masked bytes ]
 
-    (LLaDA's eq. 6, by which it evaluates). There is no 1/t to blow up. The mean is taken within each sequence, then over the sequences; dividing by the number
-    of masks in the whole batch would be another objective.
+    (LLaDA's eq. 6, by which it evaluates). There is no 1/t to blow up. The mean is taken within each sequence, then
+    over the sequences; dividing by the number of masks in the whole batch would be another objective.
 
     `model` maps int64 [B, L] to logits [B, L, 256]; x0 is int64 [B, L], clean bytes, PAD where a sequence is shorter; t
     and noise are as `draw_noise` returns them, by default drawn by way of torch's generator. Returns a scalar, nats per
@@ -1996,8 +1996,8 @@ SAMPLING = SAMPLING[SAMPLING.index("remasking") : SAMPLING.index("num_samples")]
 def generate_command(argv):
     fields = [*SAMPLING, "seed", "device"]
     parser = new_parser("generate", "Write text after a prompt, before a suffix, or into holes.")
-    new_paragraph = "text to continue (default: an empty line, after which a paragraph begins)"
-    parser.add_argument("--prompt", default="\n\n", help=new_paragraph + "; {12} in it is a hole of 12 bytes")
+    about = "text to continue; {12} in it is a hole of 12 bytes (default: an empty line, so that a paragraph begins)"
+    parser.add_argument("--prompt", default="\n\n", help=about)
     parser.add_argument("--suffix", default="", help="text to lead up to, which may have such holes, too")
     parser.add_argument("--response_length", type=int, help="bytes to write (default: up to max_length; 0 with holes)")
     parser.add_argument("--samples", type=int, default=1, help="how many, in one batch, with seeds from --seed on")

@@ -109,8 +109,8 @@ def run_main(folder, *arguments, **environment):
 
 
 def train_tiny(folder, *arguments):
-    """A tiny finished training run in `folder`, in this process, which saves three seconds; returns (its run folder, its
-    console output)."""
+    """A tiny finished training run in `folder`, in this process, which saves three seconds; returns (its run folder,
+    its console output)."""
     before, here, console = set((folder / "runs").glob("*")), os.getcwd(), io.StringIO()
     os.chdir(folder)
     try:

@@ -2,9 +2,10 @@
 
     python tests/frontier.py --checkpoint runs/NAME_TIME --response_length 512
 
-Each row is a list of flags of `python main.py generate`; `--bytes_per_pass N` stands for so many `inference_steps`. Speeds
-are medians over the batches, all rows in turn for each batch, so that all meet the same machine. `--judge RUN` adds the
-bits per byte that another model, such as an autoregressive twin, gives the samples. `tests` does not run this file.
+Each row is a list of flags of `python main.py generate`; `--bytes_per_pass N` stands for so many `inference_steps`.
+Speeds are medians over the batches, all rows in turn for each batch, so that all meet the same machine. `--judge RUN`
+adds the bits per byte that another model, such as an autoregressive twin, gives the samples. `tests` does not run this
+file.
 """
 
 import argparse
@@ -115,8 +116,9 @@ def frontier():
             speed = f"{statistics.mean(counts):.0f} | {length / median:,.0f} | {reference / median:.1f}"
         judged = f"{exact_bits(judge, samples):.2f}" if judge else ""
         print(
-            f"| `{row or 'the defaults'}` | {speed} | {exact_bits(model, samples):.2f} | {judged} | {s['known words']:.2f} | "
-            f"{s['byte entropy']:.2f} | {s['white space']:.2f} | {s['distinct word triples']:.2f} |",
+            f"| `{row or 'the defaults'}` | {speed} | {exact_bits(model, samples):.2f} | {judged} | "
+            f"{s['known words']:.2f} | {s['byte entropy']:.2f} | {s['white space']:.2f} | "
+            f"{s['distinct word triples']:.2f} |",
             flush=True,
         )
 

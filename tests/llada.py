@@ -7,8 +7,8 @@ import main
 
 @torch.no_grad()
 def llada_generate(model, prompt, length, steps, block_length, temperature=0.0, seed=0):
-    """Low-confidence remasking (arXiv 2502.09992, algorithm 5): each block gets steps / blocks steps; each step predicts
-    the whole sequence and unmasks an equal part of the block's masks, the most confident predictions first.
+    """Low-confidence remasking (arXiv 2502.09992, algorithm 5): each block gets steps / blocks steps; each step
+    predicts the whole sequence and unmasks an equal part of the block's masks, the most confident predictions first.
 
     Returns (bytes of prompt and response, number of forward passes).
     """

@@ -23,7 +23,7 @@ def rms_norm(x):
 
 
 def naive_queries_keys_values(attention, x):
-    """[B, L, H, d] each, and how many of the last numbers of queries and keys RoPE turns; from the papers' equations."""
+    """[B, L, H, d] each, and how many of the last numbers of queries and keys turn; from the papers' equations."""
     H, weights = attention.num_heads, {name: p.detach() for name, p in attention.named_parameters()}
 
     def linear(y, name):

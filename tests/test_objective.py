@@ -168,7 +168,7 @@ def test_accumulating_micro_batches_trains_like_one_batch(text_folder, splits):
 
 
 def test_the_mask_ratios_of_a_step_are_stratified_anew_over_the_whole_batch():
-    """One in each of as many equal parts as there are rows, in all micro-batches together, at another offset each step."""
+    """One in each of as many equal parts as there are rows of all micro-batches, at another offset each step."""
     config = main.CONFIG(**{**TINY, "batch_size": 4}, gradient_accumulation_steps=5, mask_ratio_std=0.0)
     offsets, state = set(), main.TrainingState(config)
     for state.step in range(50):
@@ -182,13 +182,13 @@ def test_the_mask_ratios_of_a_step_are_stratified_anew_over_the_whole_batch():
 
 def test_seven_of_eight_mask_ratios_of_training_are_of_a_bell_and_one_is_uniform():
     t = main.stratified_quantiles(80_000, torch.Generator().manual_seed(0))
-    uniform, bell = main.training_mask_ratios(t, 0.15).split([10_000, 70_000])
+    uniform, bell = main.training_mask_ratios(t, 0.15, 0.45).split([10_000, 70_000])
     assert torch.allclose(uniform.histc(20, 0, 1), torch.full((20,), 500.0), atol=1)
     assert bell.mean().item() == pytest.approx(0.45, abs=1e-3)
     assert bell.std().item() == pytest.approx(0.15, rel=0.01)
-    extreme = main.training_mask_ratios(torch.tensor([0.0, 0.124999, 0.125, 0.5, 0.999999]), 0.5)
+    extreme = main.training_mask_ratios(torch.tensor([0.0, 0.124999, 0.125, 0.5, 0.999999]), 0.5, 0.45)
     assert ((extreme >= 0) & (extreme < 1)).all()
-    assert torch.equal(main.training_mask_ratios(t, 0.0), t)
+    assert torch.equal(main.training_mask_ratios(t, 0.0, 0.45), t)
 
 
 def test_more_is_masked_while_the_loss_is_below_one_nat_and_less_again_while_it_is_above():

@@ -441,7 +441,7 @@ def count_passes(model, text, config):
 
 
 class CountWaits(TorchDispatchMode):
-    """Counts the operations for which a GPU would have to be waited: a number read off it, a shape that depends on it."""
+    """Counts the operations for which one waits for a GPU: a number read off it, a shape that depends on it."""
 
     waits = 0
 

@@ -50,7 +50,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn import RMSNorm  # x / sqrt(mean(x^2) + eps) * weight
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -214,6 +213,13 @@ def apply_rope(x, rope):
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # roll swaps the two halves
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), in float32 whatever the precision of x."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
 class PositionCache(dict):
     """For fast sampling alone; in training every `cache` below is None. What the layers keep of all positions (the
     convolution's inputs, keys, values), so that a pass need only compute the positions of `span`, a slice."""
@@ -340,15 +346,15 @@ class DepthwiseConvolution(nn.Module):
         self.left = width - 1 if is_causal else width // 2
 
     def forward(self, x, cache=None):
-        width = self.weight.shape[0]
+        weight, width = self.weight.to(x.dtype), self.weight.shape[0]
         if cache is None:
             padded = F.pad(x, (0, 0, self.left, width - 1 - self.left))  # [B, L + width - 1, D]
-            return x + sum(padded[:, shift : shift + x.shape[1]] * self.weight[shift] for shift in range(width))
+            return x + sum(padded[:, shift : shift + x.shape[1]] * weight[shift] for shift in range(width))
         whole = cache.update(self, x, dim=1)
         first, stop = cache.span.start - self.left, cache.span.stop + width - 1 - self.left
         part = whole[:, max(first, 0) : min(stop, whole.shape[1])]
         padded = F.pad(part, (0, 0, max(-first, 0), max(stop - whole.shape[1], 0)))
-        return x + (padded.unfold(1, width, 1) * self.weight.T).sum(dim=-1)  # not compiled this has the fewest kernels
+        return x + (padded.unfold(1, width, 1) * weight.T).sum(dim=-1)  # not compiled this has the fewest kernels
 
 
 class TransformerBlock(nn.Module):
@@ -417,6 +423,8 @@ class MaskPredictor(nn.Module):
             tokens = shifted.masked_fill((shifted == PAD) & (tokens != PAD), MASK)  # of a row that begins with PAD
         span = slice(None) if cache is None else cache.span
         x, rope = self.tok_embeddings(tokens[:, span]), self.rope[:length][span]  # [B, L, D], [L, 2, d]
+        if torch.is_autocast_enabled(x.device.type):  # autocast leaves the residual stream in fp32: more bytes to move
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
             x = layer(x, rope, attention_mask, cache)
         return self.norm(x)
@@ -1254,7 +1262,7 @@ def orthogonalize(matrices):
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in POLYNOMIALS:  # a x + b x^3 + c x^5
         gram = x @ x.mT
-        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 

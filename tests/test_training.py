@@ -457,6 +457,26 @@ def test_resuming_with_what_changes_the_model_is_one_line(text_folder, monkeypat
     assert "CONFIG no longer has: gone" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [("bf16", 0.15), ("fp16", 0.02)])
+def test_in_half_precision_loss_and_gradients_are_those_of_fp32_but_for_rounding(dtype, rounding):
+    config = main.CONFIG(**TINY, amp_dtype=dtype)
+    model, x0, streams = random_model(config), torch.randint(0, 256, (8, 16)), []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda layer, inputs, x: streams.append(x.dtype))
+    losses, gradients, noise = [], [], main.draw_noise(8, 16, torch.Generator().manual_seed(0))
+    for settings in (config, main.dataclasses.replace(config, amp_dtype="fp32")):
+        with main.autocast(settings):
+            loss = main.masked_diffusion_loss(model, x0, *noise)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        losses.append(loss.item())
+    half, single = main.AMP_DTYPES[dtype], torch.float32
+    assert streams == [half, half, single, single]
+    assert losses[0] == pytest.approx(losses[1], rel=rounding / 10)
+    for ours, reference in zip(*gradients, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - reference).norm() < rounding * reference.norm()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_training_runs_on_a_gpu_in_every_precision(text_folder, dtype):

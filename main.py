@@ -214,10 +214,10 @@ def apply_rope(x, rope):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), in float32 whatever the precision of x."""
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), in the precision of the weight, float32 under autocast."""
 
     def forward(self, x):
-        return super().forward(x.float())
+        return super().forward(x.to(self.weight.dtype))
 
 
 class PositionCache(dict):

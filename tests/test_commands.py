@@ -58,7 +58,7 @@ def test_a_text_of_ones_own_is_held_out_from_and_left_alone(tmp_path):
         (["--max_steps", "0"], "max_steps=0 is not possible: it must be above 0"),
         (["--compile", "maybe"], "compile"),
         (["--learning_rate", "nan"], "learning_rate"),
-        (["--num_heads", "3"], "num_heads=3"),
+        (["--num_heads", "5"], "num_heads=5"),
         (["--max_length", "5000"], "max_length=5000 is not possible: it must be at most rope_max_length_buffer=4096"),
         (
             ["--remasking", "magic"],

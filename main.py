@@ -13,7 +13,8 @@ The idea: replace k of the L bytes of a text by MASK and let a bidirectional tra
 Train it for every k from 1 to L. Such a model writes by starting from nothing but MASK and unmasking it step by step.
 Any bytes may be given and any masked, so continuing a text and filling a hole are the same task.
 
-Shapes: B sequences, L bytes each, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values.
+Shapes: B sequences, L bytes each, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values; in the sampler
+N sequences, W positions of a block.
 
 LLaDA  arXiv 2502.09992   the recipe: masked diffusion with a plain transformer, and its sampler
 MDLM   arXiv 2406.07524   the same objective, derived as a continuous-time evidence bound
@@ -34,7 +35,6 @@ import mmap
 import os
 import re
 import signal
-import stat
 import sys
 import time
 import unicodedata
@@ -63,7 +63,7 @@ class InputError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on. `main` prints it as one line and exits with code 1."""
+    """The command cannot go on. `main` prints it as one line and exits with code 1."""
 
 
 # ######################################################################################################################
@@ -97,8 +97,8 @@ class CONFIG:
     learning_rate: float = by_size(cpu=3e-2, gpu=1e-2)  # peak, after the warm-up, of AdamW
     max_steps: int = by_size(cpu=4000, gpu=50000)  # optimizer steps of the whole run
     ema_decay: float = by_size(cpu=0.99, gpu=0.999)  # of the averaged weights (EMA) that are evaluated and sampled from
-    dropout: float = by_size(cpu=0.0, gpu=0.2)  # after each attention and feed-forward; many epochs need some
-    validation_bytes: int = by_size(cpu=32768, gpu=524288)  # at most this much of the validation text each time
+    dropout: float = by_size(cpu=0.0, gpu=0.2)  # after each attention and feed-forward; for many epochs
+    validation_bytes: int = by_size(cpu=32768, gpu=524288)  # at most this much of either text in each validation
     validate_every: int = by_size(cpu=1000, gpu=2500)  # steps between validations
     checkpoint_every: int = by_size(cpu=500, gpu=2500)  # steps between checkpoints
     log_every: int = by_size(cpu=10, gpu=50)  # steps between points in TensorBoard
@@ -140,10 +140,10 @@ class CONFIG:
 
     # Run
     name: str = "diffusion"  # the run's folder is runs/NAME_TIME
-    seed: int = 0  # of the weights, the data order and the masks
+    seed: int = 0  # of the weights, the data order, the masks and the samples
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     amp_dtype: str = "auto"  # bf16, fp16 (with a GradScaler), fp32; auto: bf16 or fp16 on CUDA, fp32 elsewhere
-    compile: bool = True  # torch.compile; without a C++ compiler the run warns once and goes on without
+    compile: bool = True  # torch.compile; where it fails (no C++ compiler) one warning, and on without; never on mps
 
     def __post_init__(self):
         resolve_defaults(self)  # both stand in part 2
@@ -158,7 +158,7 @@ class ByteLevelTextDataset(Dataset):
 
     Training uses `random_crops`. The items are the chunks of an evaluation: in the order of the file, without overlap,
     only the last one padded with PAD. The file is mapped into memory, so its size does not matter.
-    Raises InputError if the file is missing, no regular file, unreadable or shorter than `max_length`.
+    Raises InputError if the file is missing, no regular file or shorter than `max_length`.
     """
 
     def __init__(self, path, max_length, start=0, stop=None):
@@ -222,9 +222,7 @@ class RMSNorm(nn.RMSNorm):
 
 class PositionCache(dict):
     """For fast sampling alone; in training every `cache` below is None. What the layers keep of all positions (the
-    convolution's inputs, keys, values), so that a pass need only compute the positions of `span`, a slice."""
-
-    span = slice(None)
+    convolution's inputs, keys, values), so that a pass need only compute the positions of its `span`, a slice."""
 
     def update(self, key, new, dim):
         """Put what was computed for the span into its place along `dim`; returns what is kept of all positions."""
@@ -289,7 +287,7 @@ class MultiHeadAttention(SimplifiedMLAttention):
 class MultiHeadLatentAttention(Attention):
     """Multi-head latent attention with all of its parts (DeepSeek-V2, arXiv 2405.04434, sec. 2.1, with direct queries
     as in its Lite version): RMSNorm on the latent, and RoPE apart from it, on a part of each query and on one key that
-    all heads share. The names are those of its code."""
+    all heads share. The names are those of its code, whose wkv_b is wk_b and wv_b here."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -336,9 +334,9 @@ class FeedForward(nn.Module):
 
 
 class DepthwiseConvolution(nn.Module):
-    """Adds to each channel of x [B, L, D] a weighted sum of its neighbours, `width` positions wide (causal: of those
-    before it). Written as shifts, which torch.compile fuses: six times faster on a CPU than nn.Conv1d(D, D, width,
-    groups=D)."""
+    """Adds to each channel of x [B, L, D] a weighted sum of its surroundings, `width` positions wide (causal: of itself
+    and those before). Written as shifts, which torch.compile fuses: six times faster on a CPU than nn.Conv1d(D, D,
+    width, groups=D)."""
 
     def __init__(self, width, model_dim, is_causal=False):
         super().__init__()
@@ -458,9 +456,9 @@ def training_mask_ratios(t, std, mean):
     """The mask ratios of training, from uniform t: an eighth of the rows stay uniform, the others become quantiles of a
     normal of this mean and standard deviation.
 
-    Almost all or almost nothing masked teaches little: after 600 steps of the default CPU size the bound is 0.14 bits
-    per byte better this way. But the sampler starts from MASKs alone and revises with most bytes in view, so the model
-    must see these states, too. (erfinv, since Apple GPUs have no torch.special.ndtri.)
+    Almost all or almost nothing masked teaches little: after 600 steps of tiny Shakespeare the bound of the default CPU
+    size is 0.14 bits per byte better this way. But the sampler starts from MASKs alone and revises with most bytes in
+    view, so the model must see these states, too. (erfinv, since Apple GPUs have no torch.special.ndtri.)
     """
     if not std:
         return t
@@ -472,7 +470,8 @@ def training_mask_ratios(t, std, mean):
 def next_mask_ratio_mean(mean, loss):
     """The mean of the bell in the next step: it rises while the loss is below 1 nat per byte, as such masks are too
     easy to teach much, and falls again while it is above. The default CPU size reaches 0.54 bits per byte on the
-    starter corpus this way, 0.72 with a bell that stays at 0.45. Scalars on the device: no step waits for them."""
+    starter corpus this way, 0.72 with a bell that stays at 0.45. Scalars on the device: no step waits for them. A loss
+    that is not finite changes nothing."""
     return (mean + 0.002 * (1 - loss).nan_to_num(0, 0, 0)).clamp(LEAST_MEAN, LARGEST_MEAN)
 
 
@@ -634,7 +633,7 @@ def denoise(model, x, config, seeds):
     positions to unmask. The masked stretch is cut into blocks, filled from left to right. Each pass predicts the block,
     draws a byte for each of its MASKs and unmasks some of them. (LLaDA says it the other way round: fill all, then
     remask all but the most confident, hence the name of the field `remasking`.) Given bytes never change, PAD is not
-    seen. The noise of a row follows from its seed and the block: what it draws does not depend on the other rows.
+    seen. The noise of a row follows from its seed and the blocks, not from what the other rows hold.
 
     Unless revision_sweeps is 0, top_p is for the revisions (see `revise`; the twin's text gets none), and the draft
     leaves out at most the least probable 3 %.
@@ -720,7 +719,7 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
     MASK and share the blocks; with holes of the same shape each comes out as it would alone. Of `config` the section
     Sampling, seed and rope_max_length_buffer matter. `on_step` is called with all sequences, x [N, L] int64 with PAD
     around the shorter ones, before the first pass and after every pass, revisions included; the last call shows the
-    finished bytes.
+    finished bytes. The next pass overwrites x.
 
     Returns prompt, response and suffix as one str, with invalid UTF-8 replaced by U+FFFD; for a list, a list of those.
     Raises InputError if the whole is longer than rope_max_length_buffer, response_length is negative, a number is
@@ -734,13 +733,13 @@ def run_conditional_diffusion_inference(model, prompt, response_length, config, 
             sizes = f"prompt and suffix ({len(given) + len(suffix)} bytes) and response_length ({response_length})"
             raise InputError(f"{sizes} exceed rope_max_length_buffer={longest}; shorten one of them")
         texts.append(given + [MASK] * response_length + suffix)
+    firsts = [[*text, MASK].index(MASK) for text in texts]
     if is_autoregressive(model):
         config = dataclasses.replace(config, block_length=1, inference_steps=0)
-        only_ends = all(set(text[[*text, MASK].index(MASK) :]) <= {MASK} for text in texts)
+        only_ends = all(set(text[first:]) <= {MASK} for text, first in zip(texts, firsts))
         require(only_ends, "objective", config.objective, "diffusion, as given bytes follow a hole")
     has_prompt = all(set(text) - {MASK} for text in texts)
     require(has_prompt or not config.guidance_scale, "guidance_scale", config.guidance_scale, "0 without a prompt")
-    firsts = [[*text, MASK].index(MASK) for text in texts]
     starts = [max(firsts) - first for first in firsts]
     length = max((start + len(text) for start, text in zip(starts, texts)), default=0)
     rows = [[PAD] * start + text + [PAD] * (length - start - len(text)) for start, text in zip(starts, texts)]
@@ -803,7 +802,7 @@ def train(config, run_dir=None, checkpoint=None):
                 first = (micro_batch * world_size() + rank()) * config.batch_size
                 rows, is_last = slice(first, first + config.batch_size), micro_batch == num_micro_batches - 1
                 x0 = train_set.random_crops(config.seed, state.step, rows, len(t))  # fetch
-                x0 = x0.to(config.device, non_blocking="cuda" in config.device)  # on MPS it may lose bytes
+                x0 = x0.to(config.device, non_blocking=config.device.startswith("cuda"))  # on MPS it may lose bytes
                 with nullcontext() if is_last or model is state.model else model.no_sync():
                     with autocast(config):
                         part = loss_function(model, x0, t[rows], noise[rows]) / num_micro_batches  # forward
@@ -822,15 +821,16 @@ def train(config, run_dir=None, checkpoint=None):
                 validate(state, train_set, validation_set, log)
             if to_save and not save_checkpoint(run_dir, "latest.pt", state) and is_over:
                 raise TrainingError(f"step {state.step:,} could not be saved to {run_dir}; make room and use --resume")
+            if to_validate or to_save:
+                log.restart()
         if signal_number:
             say(f"stopped at step {state.step:,} and saved; to go on add to the command: --resume '{run_dir}'")
             return 128 + signal_number
         bound, error = estimate_nelbo(state.ema, validation_set, FINAL_VALIDATION_BYTES)
         log.writer.add_scalar("val/final_bits_per_byte", bound, state.step)
     num_bytes = min(len(validation_set.bytes), FINAL_VALIDATION_BYTES)
-    minutes, validating = tqdm.format_interval(60 * state.minutes), tqdm.format_interval(log.validating)
-    say(f"done: {state.step:,} steps in {minutes}; all validations took {validating}")
     kind = KIND[config.objective]
+    say(f"done: {state.step:,} steps in {tqdm.format_interval(60 * state.minutes)}")
     say(f"final {kind} on {num_bytes:,} bytes of validation text: {bound:.3f} ± {error:.3f} bits per byte")
     say(f"try the best checkpoint: python main.py generate --checkpoint '{run_dir}' --watch")
     return 128 + received[0] if received else 0
@@ -885,7 +885,6 @@ def optimizer_step(state):
 
 def validate(state, train_set, validation_set, log):
     """Bounds and samples of the EMA weights, to console, TensorBoard and samples.txt; saves best.pt."""
-    started = time.perf_counter()
     config, model, step, writer = state.config, state.ema, state.step, log.writer
     train_bound, _ = estimate_nelbo(model, train_set, config.validation_bytes)
     lengths, ratios, bits, accuracies = measure_chunks(model, validation_set, config.validation_bytes)
@@ -905,8 +904,6 @@ def validate(state, train_set, validation_set, log):
             show_samples(state, validation_set, log, f"## step {step:,}: {kind} {bound:.3f} bits per byte\n\n")
         if bound < best_before and not save_checkpoint(log.run_dir, "best.pt", state):
             state.best_bound = best_before  # best.pt is still that of the bound before
-    log.validating += time.perf_counter() - started
-    log.restart()
 
 
 # ######################################################################################################################
@@ -948,7 +945,7 @@ def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
         for number, rows in enumerate(torch.arange(num_chunks).split(batch_size)):
             noise = torch.rand(len(rows), dataset.max_length, generator=generator)
             if number % world_size() == rank() % world_size():
-                x0 = dataset.read(chunks[rows.numpy()] * dataset.max_length).to(device)
+                x0 = torch.stack([dataset[chunks[row]] for row in rows]).to(device)
                 logits, nats, is_masked = predict_masked(model, x0, t[rows].to(device), noise.to(device))
                 lengths, is_right = (x0 != PAD).sum(dim=1), logits.argmax(-1) == x0
                 bits, accuracy = mean_of_masked(nats * BITS_PER_NAT, is_masked), mean_of_masked(is_right, is_masked)
@@ -958,7 +955,7 @@ def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
 
 
 def mean_over_bytes(values, lengths):
-    """(mean, standard error) of a figure of each chunk, weighted by the chunks' lengths; nan for want of chunks."""
+    """(mean, standard error) of a figure of each chunk, weighted by the chunks' lengths; nan if there are too few."""
     mean, n = (values * lengths).sum() / lengths.sum(), len(values)
     spread = ((values - mean) * lengths).square().sum().sqrt() / lengths.sum()
     return mean.item(), spread.item() * math.sqrt(n / (n - 1)) if n > 1 else math.nan
@@ -972,18 +969,18 @@ def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
     return mean_over_bytes(bits, lengths)
 
 
-def by_mask_ratio(ratios, bits, accuracy, bins=10):
+def by_mask_ratio(ratios, bits, accuracy):
     """What `measure_chunks` returned, sorted by the mask ratio k / L: a list of ten (upper end of the bin in percent,
     bits per masked byte of its chunks, their accuracies)."""
-    number = (ratios * bins - 1e-5).ceil().clamp(1, bins)  # k / L of exactly 10 % is of the first bin
-    return [(100 * i // bins, bits[number == i], accuracy[number == i]) for i in range(1, bins + 1)]
+    number = (10 * ratios - 1e-5).ceil().clamp(1, 10)  # k / L of exactly 10 % is of the first bin
+    return [(10 * i, bits[number == i], accuracy[number == i]) for i in range(1, 11)]
 
 
 @torch.no_grad()
 def exact_likelihood(model, x0, order="left_to_right", start=0):
     """Bits of each byte of x0 [B, L] from `start` on, given those before, by the chain rule: float64 [B, L - start].
 
-    Bytes are predicted one by one, those not yet predicted masked. The sum is the exact -log2 of
+    x0 holds no PAD. Bytes are predicted one by one, those not yet predicted masked. The sum is the exact -log2 of
     p(x0[start:] | x0[:start]) of decoding in that order: `left_to_right`, as an autoregressive model has it, or
     `most_confident_first`, which follows from the bytes seen so far alone and therefore is exact, too (DUEL, arXiv
     2603.01367).
@@ -1057,8 +1054,8 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
 
     def sample(prompts, response_length, **overrides):
         settings = dataclasses.replace(config, guidance_scale=0.0, **overrides)
-        with closing(Progress()) as progress:
-            run_conditional_diffusion_inference(model, prompts, response_length, settings, seed=seed, on_step=progress)
+        progress = Progress()
+        run_conditional_diffusion_inference(model, prompts, response_length, settings, seed=seed, on_step=progress)
         return progress.steps[-1].to(device)
 
     lengths, ratios, bits, accuracies = measure_chunks(model, dataset, seed=seed)
@@ -1116,14 +1113,9 @@ def as_table(rows):
 
 
 def file_size(path):
-    reason = "is no regular file; copy the text into one"  # such as a pipe, which would be waited for without end
-    try:
-        with open(path, "rb") if stat.S_ISREG(os.stat(path).st_mode) else nullcontext() as file:
-            if file:
-                return os.fstat(file.fileno()).st_size
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = f"cannot be read ({getattr(error, 'strerror', None) or error}); check the path and its permissions"
-    raise InputError(f"{path}: {reason}")
+    if not os.path.isfile(path):  # a pipe would be waited for without end
+        raise InputError(f"{path}: is missing or no regular file; check the path, or copy the text into a file")
+    return os.path.getsize(path)
 
 
 STARTER_LINE = b"These little stories were made up by main.py. Put your own text in their place.\n\n"
@@ -1213,7 +1205,8 @@ def open_datasets(config):
             say(f"no validation text of its own: the last 5 % of {train_file} are held out for validation")
     validation_set = ByteLevelTextDataset(validation_file, config.max_length, start=split or 0)
     train_set = ByteLevelTextDataset(train_file, config.max_length, stop=split)
-    if np.array_equal(train_set.bytes, validation_set.bytes):
+    sizes, beginnings = zip(*((len(dataset.bytes), dataset.bytes[: 2**20]) for dataset in (train_set, validation_set)))
+    if sizes[0] == sizes[1] and np.array_equal(*beginnings):
         say(f"warning: {train_file} and {validation_file} are the same text; the bound says nothing new then")
     starts = [dataset.bytes[: len(STARTER_LINE)].tobytes() == STARTER_LINE for dataset in (train_set, validation_set)]
     if starts == [False, True]:
@@ -1247,7 +1240,8 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(gradients)
             average = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
-            update = orthogonalize(gradients.lerp(average, momentum)).to(gradients.dtype)  # Nesterov's momentum
+            update = orthogonalize(gradients.lerp(average, momentum))  # Nesterov's momentum
+            update = update.to(gradients.dtype).contiguous()  # so that a GPU adds all matrices in one kernel
             scale = max(1, gradients.shape[1] / gradients.shape[2]) ** 0.5
             torch._foreach_add_(matrices, list(update), alpha=-group["lr"] * scale)
 
@@ -1314,7 +1308,7 @@ class TrainingState:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})  # its groups: of CONFIG
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})  # its rates: of CONFIG
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             self.step, self.minutes = state["step"], state["minutes"]
@@ -1360,8 +1354,6 @@ def read_checkpoint(path):
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
             raise InputError("it holds no CONFIG")
         return state
-    except PermissionError:
-        raise  # says nothing of what the file holds
     except Exception as error:  # noqa: BLE001  damaged files make zipfile and torch.load raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         best = path.with_name("best.pt")
@@ -1374,9 +1366,10 @@ def saved_config(state, **overrides):
     unknown = state["config"].keys() - {field.name for field in dataclasses.fields(CONFIG)}
     if unknown:
         raise InputError(f"the checkpoint has fields that CONFIG no longer has: {', '.join(sorted(unknown))}")
-    if "device" in overrides:  # on another one the precision is chosen anew
-        overrides = {"amp_dtype": "auto"} | overrides
-    return CONFIG(**{**state["config"], **overrides})
+    saved, config = state["config"], CONFIG(**{**state["config"], **overrides})
+    if config.device.split(":")[0] != saved.get("device", "").split(":")[0]:  # elsewhere the precision is chosen anew
+        config = CONFIG(**{**saved, "amp_dtype": "auto", **overrides})
+    return config
 
 
 def newest_run():
@@ -1453,7 +1446,7 @@ class Log:
     every ten seconds."""
 
     def __init__(self, state, run_dir):
-        self.state, self.config, self.run_dir, self.next_line, self.validating = state, state.config, run_dir, 0.0, 0.0
+        self.state, self.config, self.run_dir, self.next_line = state, state.config, run_dir, 0.0
         self.writer = Writer(run_dir, state.step + 1)
         self.describe_run()
         is_hidden = rank() != 0 or not sys.stdout.isatty()
@@ -1490,7 +1483,7 @@ class Log:
             found = f"step {step:,}: the loss is {loss:.3g}, the norm of the gradient {norm:.3g}; the checkpoints hold "
             hint = "lower --learning_rate and --muon_learning_rate, or use --amp_dtype fp32"
             raise TrainingError(found + "the last good weights; " + hint)
-        seconds, steps = time.perf_counter() - self.started, max(1, step - self.first_step)
+        seconds, steps = time.perf_counter() - self.started, step - self.first_step
         bytes_per_second = steps * bytes_per_step(config) / seconds
         left = (config.max_steps - step) * seconds / steps
         left = min(left, max(0, 60 * (config.max_minutes - self.state.minutes))) if config.max_minutes else left
@@ -1583,22 +1576,16 @@ def printable(text):
 
 
 class Progress:
-    """Keeps the last two steps of a sampler, sequences x [N, L], or all of them, and shows the last on a terminal. If
-    watched: in place of the one before, masks as dim dots, fresh bytes in bold green; else a bar of the bytes that are
-    unmasked."""
+    """Keeps the last two steps of a sampler, sequences x [N, L], or all of them. If watched it draws the last one on
+    the terminal, in place of the one before: masks as dim dots, fresh bytes in bold green."""
 
     def __init__(self, is_watched=False, keeps_all=False):
-        self.steps, self.bar, self.is_watched = [], None, is_watched and sys.stdout.isatty()
-        self.keeps_all = keeps_all
+        self.steps, self.keeps_all, self.is_watched = [], keeps_all, is_watched and sys.stdout.isatty()
 
     def __call__(self, x):
         self.steps = self.steps[0 if self.keeps_all else -1 :] + [x.cpu().clone()]
         if self.is_watched:
             print("\x1b[H\x1b[2J" + self.draw(), end="", flush=True)
-        elif sys.stderr.isatty():
-            num_masks = int((x == MASK).sum())
-            self.bar = self.bar or tqdm(total=num_masks, unit=" bytes", leave=False)
-            self.bar.update(self.bar.total - num_masks - self.bar.n)
 
     def draw(self):
         x, is_new, screen = self.steps[-1], self.steps[-1] != self.steps[-2:][0], ""
@@ -1609,10 +1596,6 @@ class Progress:
                 screen += (dim if is_masked else fresh if is_fresh else plain) + text + plain
             screen += "\n"
         return screen
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
 
 
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"><style>
@@ -1656,7 +1639,7 @@ def denoising_svg(steps, columns=72, max_frames=64):
             style += f"@keyframes k{number}{{0%{{opacity:{int(not first)}}}{begin:.1f}%{{opacity:1;fill:{color}}}"
             style += f"{min(plain, stop):.1f}%{{opacity:1;fill:currentColor}}"
             style += "}\n" if end > last else f"{stop:.1f}%,to{{opacity:0}}}}\n"
-            drawn.append(f'<g class="{"m" if not first else "t"}" style="animation-name:k{number}">{texts}</g>')
+            drawn.append(f'<g class="{"" if first else "m"}" style="animation-name:k{number}">{texts}</g>')
     size = {"width": round(8.43 * columns) + 16, "height": 20 * (line - 1) + 12}
     return SVG.format(**size, style=style, groups="\n".join(drawn))
 
@@ -1674,20 +1657,18 @@ def autocast(config):
 def compile_loss(model, config):
     """`masked_diffusion_loss` as one compiled graph, masks and cross-entropy included; tried on one batch. Where that
     fails (no C++ compiler, Windows) one warning, and the function itself."""
-    if not config.compile:
+    if not config.compile or config.device == "mps":  # compiling for Apple's GPUs is a prototype, at times wrong
         return masked_diffusion_loss
     say("compiling the model, which takes up to a minute ...")
     compiled, failure = torch.compile(masked_diffusion_loss, dynamic=False), None
     try:
         with warnings.catch_warnings(), model.no_sync() if dist.is_initialized() else nullcontext():
-            warnings.filterwarnings("ignore", message="TensorFloat32")  # a matter of taste, not of this run
+            warnings.filterwarnings("ignore", message="TensorFloat32")  # advice, no error
             x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
             t, noise = draw_noise(*x0.shape, torch.Generator(config.device).manual_seed(0))
             with autocast(config):
                 loss = compiled(model, x0, t, noise)
             loss.backward()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # noqa: BLE001  whatever went wrong inside the compiler, training works without it
         failure = type(error).__name__
     model.zero_grad()
@@ -1714,12 +1695,15 @@ def distributed_run(config):
     if "RANK" not in os.environ:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo")
+    on_cuda, has_failed = config.device.startswith("cuda"), True
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     try:
         yield
+        has_failed = False
     finally:
-        gc.collect()  # DDP's threads must not outlive the process group: else one run in thirty aborted at its exit
-        dist.destroy_process_group()
+        if not (on_cuda and has_failed):  # NCCL would wait for the other processes, which wait for this one
+            gc.collect()  # DDP's threads must not outlive the process group: else one run in thirty aborted at its exit
+            dist.destroy_process_group()
 
 
 def training_sizes(config):
@@ -1737,7 +1721,7 @@ def explained_errors(sizes):
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason or "Storage size" in reason:
+        if isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|allocate memory|Storage size", reason):
             listed = ", ".join(f"{name}={value}" for name, value in sizes.items())
             raise TrainingError(f"out of memory with {listed}; lower the first, or any of them ({reason})") from None
         if isinstance(error, dist.DistError) or "gloo" in reason:
@@ -1821,10 +1805,11 @@ def profile(config):
 
     write_starter_corpus(config)
     train_set, _ = open_datasets(config)
-    state, on_cuda, num_bytes = TrainingState(config), "cuda" in config.device, config.batch_size * config.max_length
+    state, on_cuda = TrainingState(config), config.device.startswith("cuda")
+    num_bytes = config.batch_size * config.max_length
     t, noise = (part[: config.batch_size] for part in training_noise(state))
     x0 = train_set.random_crops(config.seed, 0, slice(None), len(t)).to(config.device)
-    flops = count_flops(lambda: masked_diffusion_loss(state.model, x0, t, noise).backward())
+    flops = len(t) * count_flops(lambda: masked_diffusion_loss(state.model, x0[:1], t[:1], noise[:1]).backward())
     loss_function = compile_loss(state.model, config)
 
     def train_step():
@@ -1840,7 +1825,8 @@ def profile(config):
     times = [[timer.timeit(1).mean for timer in timers] for _ in range(25)][5:]  # in turn; the first five warm up
     product_seconds, seconds = np.median(times, axis=0)
     rate, ceiling = flops / seconds, 2 * size**3 / product_seconds
-    print(f"{config.device} {config.amp_dtype}, {config.num_layers} x {config.model_dim}, {num_bytes:,} bytes per step")
+    shape = f"{config.num_layers} x {config.model_dim}"
+    print(f"{config.device} {config.amp_dtype}, {shape}, {num_bytes:,} bytes per step of one micro-batch")
     print(f"speed    {num_bytes / seconds:,.0f} bytes/s, {seconds * 1e3:,.1f} ms per step, median of {len(times)}")
     print(f"compute  {rate / 1e9:,.1f} GFLOP/s, {rate / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large matrix product")
     if on_cuda:
@@ -1866,7 +1852,7 @@ def profile(config):
 
 def resolve_defaults(config):
     """Puts in what depends on the device: the device itself, the fields of `by_size`, the precision."""
-    num_gpus = torch.cuda.device_count()
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # not so if the driver is too old
     devices = ["cuda"] * (num_gpus > 0) + [f"cuda:{number}" for number in range(num_gpus)]
     devices += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     accepted = "auto or what torch finds here: " + ", ".join(devices)
@@ -1965,6 +1951,7 @@ def add_config_flags(parser, only=None):
         if only is None or field.name in only:
             sizes = "{cpu} on a CPU, {gpu} on a GPU"
             default = sizes.format(**field.metadata) if field.metadata else field.default
+            default = default if only is None or field.name == "device" else "that of the run"
             options = {"type": parse_bool if field.type is bool else field.type, "metavar": field.type.__name__.upper()}
             options["help"] = f"{comments.get(field.name, '')} (default: {default})".replace("%", "%%")
             parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)  # only given flags override
@@ -2020,8 +2007,8 @@ def generate_command(argv):
         length = 0 if MASK in given else config.max_length - len(given)
         accepted = f"below max_length={config.max_length}, or give --response_length"
         require(length > 0 or MASK in given, "prompt", f"{len(given)} bytes", accepted)
-    prompts, sizes = [prompt] * arguments.samples, {"samples": arguments.samples, "response_length": length}
-    with explained_errors(sizes), closing(Progress(arguments.watch, bool(arguments.save))) as progress:
+    prompts, progress = [prompt] * arguments.samples, Progress(arguments.watch, bool(arguments.save))
+    with explained_errors({"samples": arguments.samples, "response_length": length}):
         samples = run_conditional_diffusion_inference(model, prompts, length, config, suffix, on_step=progress)
     for number, text in enumerate(samples):
         if arguments.samples > 1:
@@ -2034,12 +2021,12 @@ def generate_command(argv):
 
 
 def holes_to_masks(text):
-    """ "a{3}b" as [97, MASK, MASK, MASK, 98]."""
-    parts = re.split(r"\{([0-9]{1,6})\}", text)  # text and lengths of holes in turn
+    """The text a{3}b becomes [97, MASK, MASK, MASK, 98]."""
+    parts = re.split(r"\{([1-9][0-9]{0,5})\}", text)  # text and lengths of holes in turn
     return [token for i, part in enumerate(parts) for token in ([MASK] * int(part) if i % 2 else os.fsencode(part))]
 
 
-MEMORIZED_BYTES = 2**26  # samples are compared with so much of the training text
+MEMORIZED_BYTES = 2**24  # samples are compared with so much of the training text
 
 
 def evaluate_command(argv):

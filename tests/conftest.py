@@ -25,6 +25,7 @@ TINY = {
     "device": "cpu",
     "compile": False,
 }
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TINY_FLAGS = [f"--{name}={str(value).lower()}" for name, value in TINY.items()]
 
 

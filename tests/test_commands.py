@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_FLAGS, read_events, read_scalars, run_main, train_tiny
+from conftest import ROOT, TINY, TINY_FLAGS, needs_gpu, read_events, read_scalars, run_main, train_tiny
 
 import main
 
@@ -68,8 +68,8 @@ def test_a_text_of_ones_own_is_held_out_from_and_left_alone(tmp_path):
         (["--device", "tpu"], "device='tpu'"),
         (["--amp_dtype", "int8"], "amp_dtype='int8'"),
         (["--name", "../up"], "name='../up'"),
-        (["--train_data_file", "nowhere.txt"], "nowhere.txt: cannot be read"),
-        (["--validation_data_file", "typo.txt"], "typo.txt: cannot be read"),
+        (["--train_data_file", "nowhere.txt"], "nowhere.txt: is missing"),
+        (["--validation_data_file", "typo.txt"], "typo.txt: is missing"),
         (["--conv_width", "4"], "conv_width=4 is not possible: it must be odd"),
         (["--resume", "auto"], "no run with a checkpoint"),
         (["--resume", "nowhere"], "nowhere"),
@@ -203,6 +203,7 @@ def test_holes_in_a_prompt_are_filled_and_several_samples_differ(trained):
     done = run_main(folder, "generate", "--prompt", "be{3}not{2}", "--samples", "3", "--top_p", "1")
     assert done.returncode == 0, done.stderr
     assert main.holes_to_masks("be{3}not{2}") == [*b"be", *[main.MASK] * 3, *b"not", *[main.MASK] * 2]
+    assert main.holes_to_masks("{0} {} {a}") == list(b"{0} {} {a}")
     parts = re.split(r"--- seed (\d+)\n", done.stdout)
     assert parts[1::2] == ["0", "1", "2"]
     assert len(set(parts[2::2])) == 3
@@ -275,7 +276,7 @@ def test_evaluate_prints_its_figures_where_it_may_not_write(tmp_path, monkeypatc
     assert "TensorBoard's log cannot be written (Permission denied)" in output.err
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
 def test_a_gpu_trains_evaluates_and_generates(text_folder, monkeypatch, capsys, objective):
     train_tiny(text_folder, "--device=cuda", "--max_steps=2", f"--objective={objective}")
@@ -340,8 +341,8 @@ def test_the_special_ids_are_those_of_the_design():
 
 def test_the_saved_picture_shows_in_each_frame_what_the_sampler_had_then(model, config):
     config = dataclasses.replace(config, block_length=4, temperature=5.0, revision_sweeps=2)
-    with main.closing(main.Progress(keeps_all=True)) as progress:
-        main.run_conditional_diffusion_inference(model, ["<b>x", "to &"], 12, config, on_step=progress)
+    progress = main.Progress(keeps_all=True)
+    main.run_conditional_diffusion_inference(model, ["<b>x", "to &"], 12, config, on_step=progress)
     steps = [x.clamp(min=32, max=126).where(x != main.MASK, x) for x in progress.steps]  # one letter for each byte
     picture = main.denoising_svg(steps)
     groups = ElementTree.fromstring(picture).findall("{http://www.w3.org/2000/svg}g")
@@ -364,8 +365,8 @@ def test_the_saved_picture_shows_in_each_frame_what_the_sampler_had_then(model, 
 
 
 def test_a_long_picture_stays_small(model, config):
-    with main.closing(main.Progress(keeps_all=True)) as progress:
-        main.run_conditional_diffusion_inference(model, ["To be"] * 2, 300, config, on_step=progress)
+    progress = main.Progress(keeps_all=True)
+    main.run_conditional_diffusion_inference(model, ["To be"] * 2, 300, config, on_step=progress)
     assert len(main.denoising_svg(progress.steps).encode()) < 200_000
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, random_model
+from conftest import TINY, needs_gpu, random_model
 
 import main
 
@@ -214,7 +214,7 @@ def test_without_a_convolution_the_model_is_the_plain_transformer(config):
     assert torch.equal(plain(tokens), with_it(tokens))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_the_gpu_computes_what_the_cpu_computes(config, model):
     tokens = torch.randint(0, 259, (2, 16))
     torch.testing.assert_close(model.cuda()(tokens.cuda()).cpu(), model.cpu()(tokens), rtol=1e-3, atol=1e-3)

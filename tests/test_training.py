@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_FLAGS, random_model, read_events, read_scalars, run_main, train_tiny
+from conftest import ROOT, TINY, TINY_FLAGS, needs_gpu, random_model, read_events, read_scalars, run_main, train_tiny
 
 import main
 
@@ -306,6 +306,12 @@ def test_the_best_bound_of_another_text_is_not_compared_with(text_folder, monkey
     assert main.TrainingState(other, saved).best_bound == math.inf
 
 
+def test_a_chosen_precision_stays_on_its_device_and_is_chosen_anew_on_another(config):
+    saved = main.dataclasses.asdict(main.dataclasses.replace(config, amp_dtype="bf16"))
+    assert main.saved_config({"config": saved}, device="cpu").amp_dtype == "bf16"
+    assert main.saved_config({"config": saved | {"device": "cuda:0"}}, device="cpu").amp_dtype == "fp32"
+
+
 @pytest.mark.parametrize("flags", [["--max_steps=10"], ["--max_minutes=0.02", "--max_steps=100000"]])
 def test_no_step_is_validated_twice(text_folder, monkeypatch, flags):
     steps, original = [], main.validate
@@ -373,8 +379,9 @@ def test_a_missing_compiler_is_one_warning_and_training_goes_on(text_folder):
     assert "torch.compile does not work here" in done.stdout
 
 
-def test_compiled_training_computes_what_eager_training_computes(text_folder):
-    flags = ["--max_steps=6", "--log_every=1"]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_compiled_training_computes_what_eager_training_computes(text_folder, device):
+    flags = ["--max_steps=6", "--log_every=1", f"--device={device}", "--amp_dtype=fp32"]
     eager, _ = train_tiny(text_folder, *flags, "--compile=false")
     compiled, console = train_tiny(text_folder, *flags, "--compile=true")
     assert "warning" not in console
@@ -477,7 +484,7 @@ def test_in_half_precision_loss_and_gradients_are_those_of_fp32_but_for_rounding
         assert (ours - reference).norm() < rounding * reference.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_training_runs_on_a_gpu_in_every_precision(text_folder, dtype):
     flags = ["--device=cuda", f"--amp_dtype={dtype}", "--max_steps=20", "--compile=true"]
@@ -486,7 +493,7 @@ def test_training_runs_on_a_gpu_in_every_precision(text_folder, dtype):
     assert main.load_checkpoint(run_dir)[2]["step"] == 20
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_gpu_memory_does_not_grow_over_many_steps(text_folder, monkeypatch):
     allocated, agree = [], main.agree
     monkeypatch.setattr(main, "agree", lambda *args: allocated.append(torch.cuda.memory_allocated()) or agree(*args))

@@ -214,7 +214,7 @@ def apply_rope(x, rope):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), in the precision of the weight, float32 under autocast."""
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), in the precision of the weight, so float32 in training."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
@@ -1367,7 +1367,7 @@ def saved_config(state, **overrides):
     if unknown:
         raise InputError(f"the checkpoint has fields that CONFIG no longer has: {', '.join(sorted(unknown))}")
     saved, config = state["config"], CONFIG(**{**state["config"], **overrides})
-    if config.device.split(":")[0] != saved.get("device", "").split(":")[0]:  # elsewhere the precision is chosen anew
+    if config.device.split(":")[0] != str(saved.get("device")).split(":")[0]:  # elsewhere precision is chosen anew
         config = CONFIG(**{**saved, "amp_dtype": "auto", **overrides})
     return config
 

@@ -97,7 +97,7 @@ class CONFIG:
     learning_rate: float = by_size(cpu=3e-2, gpu=1e-2)  # peak, after the warm-up, of AdamW
     max_steps: int = by_size(cpu=4000, gpu=50000)  # optimizer steps of the whole run
     ema_decay: float = by_size(cpu=0.99, gpu=0.999)  # of the averaged weights (EMA) that are evaluated and sampled from
-    dropout: float = by_size(cpu=0.0, gpu=0.2)  # after each attention and feed-forward; for many epochs
+    dropout: float = by_size(cpu=0.0, gpu=0.2)  # after each attention and feed-forward, against overfitting
     validation_bytes: int = by_size(cpu=32768, gpu=524288)  # at most this much of either text in each validation
     validate_every: int = by_size(cpu=1000, gpu=2500)  # steps between validations
     checkpoint_every: int = by_size(cpu=500, gpu=2500)  # steps between checkpoints
@@ -143,7 +143,7 @@ class CONFIG:
     seed: int = 0  # of the weights, the data order, the masks and the samples
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     amp_dtype: str = "auto"  # bf16, fp16 (with a GradScaler), fp32; auto: bf16 or fp16 on CUDA, fp32 elsewhere
-    compile: bool = True  # torch.compile; where it fails (no C++ compiler) one warning, and on without; never on mps
+    compile: bool = True  # torch.compile, not on mps; where it fails (no C++ compiler) training warns and does without
 
     def __post_init__(self):
         resolve_defaults(self)  # both stand in part 2
@@ -776,8 +776,8 @@ FINAL_VALIDATION_BYTES = 2**20  # the bound reported at the end is that of the w
 
 
 def train(config, run_dir=None, checkpoint=None):
-    """Train as `config` says, from the start or on from `checkpoint`, what `read_checkpoint` returned, in run_dir.
-    Ctrl-C and SIGTERM end the run in order, after the step. Returns the exit code: 0, or 128 + the signal. Raises
+    """Train as `config` says, from scratch or from `checkpoint` (what `read_checkpoint` returned), in run_dir. Ctrl-C
+    and SIGTERM end the run in order, after the step. Returns the exit code: 0, or 128 + the signal. Raises
     TrainingError: the loss was not finite, or the last checkpoint could not be written."""
     if checkpoint is None:
         write_starter_corpus(config)
@@ -1205,11 +1205,11 @@ def open_datasets(config):
             say(f"no validation text of its own: the last 5 % of {train_file} are held out for validation")
     validation_set = ByteLevelTextDataset(validation_file, config.max_length, start=split or 0)
     train_set = ByteLevelTextDataset(train_file, config.max_length, stop=split)
-    sizes, beginnings = zip(*((len(dataset.bytes), dataset.bytes[: 2**20]) for dataset in (train_set, validation_set)))
-    if sizes[0] == sizes[1] and np.array_equal(*beginnings):
+    texts = train_set.bytes, validation_set.bytes
+    if len(texts[0]) == len(texts[1]) and np.array_equal(texts[0][: 2**20], texts[1][: 2**20]):
         say(f"warning: {train_file} and {validation_file} are the same text; the bound says nothing new then")
-    starts = [dataset.bytes[: len(STARTER_LINE)].tobytes() == STARTER_LINE for dataset in (train_set, validation_set)]
-    if starts == [False, True]:
+    are_starters = [text[: len(STARTER_LINE)].tobytes() == STARTER_LINE for text in texts]
+    if are_starters == [False, True]:
         say(f"warning: {validation_file} is the starter corpus, but {train_file} is not; delete it to hold out 5 %")
     return train_set, validation_set
 
@@ -1308,7 +1308,7 @@ class TrainingState:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})  # its rates: of CONFIG
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})  # its settings: CONFIG's
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             self.step, self.minutes = state["step"], state["minutes"]

@@ -9,23 +9,25 @@
     python main.py profile                                how fast a training step is, and where its time goes
     torchrun --nproc_per_node=8 main.py                   the same training on eight GPUs
 
-The idea: replace k of the L bytes of a text by MASK and let a bidirectional transformer predict all of them at once.
-Train it for every k from 1 to L. Such a model writes by starting from nothing but MASK and unmasking it step by step.
-Any bytes may be given and any masked, so continuing a text and filling a hole are the same task.
+The idea: replace k of n bytes of a text by MASK and let a transformer that sees in both directions predict all of them
+at once. Train it for every k from 1 to n. Such a model writes by starting from n times MASK and unmasking it step by
+step. One dial, block_length, goes from the autoregressive model (n = 1) over block diffusion (each block of n bytes is
+written after those before it) to LLaDA (n = L, the whole text). Some steps are on whole texts in any case: they teach
+the model to fill holes, with text on both sides in view.
 
-Shapes: B sequences, L bytes each, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values; in the sampler
-N sequences, W positions of a block.
+Shapes: B sequences, L bytes each, n block_length, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values;
+P positions of an input; in the sampler N sequences, W positions of a block.
 
-LLaDA  arXiv 2502.09992   the recipe: masked diffusion with a plain transformer, and its sampler
-MDLM   arXiv 2406.07524   the same objective, derived as a continuous-time evidence bound
-MD4    arXiv 2406.04329   the same objective, derived as a weighted integral of cross-entropies
+LLaDA   arXiv 2502.09992   the recipe: masked diffusion with a plain transformer, and its sampler
+MDLM    arXiv 2406.07524   the same objective, derived as a continuous-time evidence bound
+MD4     arXiv 2406.04329   the same objective, derived as a weighted integral of cross-entropies
+BD3-LM  arXiv 2503.09573   block diffusion: the same within each block, given the clean blocks before it
 """
 
 import argparse
 import codecs
 import copy
 import dataclasses
-import difflib
 import gc
 import html
 import itertools
@@ -36,10 +38,12 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
 import zipfile
+import zlib
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,15 +96,15 @@ class CONFIG:
     num_heads: int = by_size(cpu=4, gpu=6)  # [H] attention heads; model_dim / num_heads must be even for RoPE
     kv_latent_dim: int = by_size(cpu=64, gpu=256)  # [R] latent of keys and values (kv_lora_rank); not of mha
     ffn_dim: int = by_size(cpu=352, gpu=1024)  # hidden width of the feed-forward network, usually 8/3 of model_dim
-    max_length: int = by_size(cpu=128, gpu=256)  # [L] bytes of context
-    batch_size: int = by_size(cpu=16, gpu=64)  # [B] sequences per process and micro-batch
+    max_length: int = 256  # [L] bytes of context
+    batch_size: int = by_size(cpu=4, gpu=64)  # [B] sequences per process and micro-batch
     learning_rate: float = by_size(cpu=3e-2, gpu=1e-2)  # peak, after the warm-up, of AdamW
-    max_steps: int = by_size(cpu=4000, gpu=50000)  # optimizer steps of the whole run
+    max_steps: int = by_size(cpu=2300, gpu=50000)  # optimizer steps of the whole run
     ema_decay: float = by_size(cpu=0.99, gpu=0.999)  # of the averaged weights (EMA) that are evaluated and sampled from
     dropout: float = by_size(cpu=0.0, gpu=0.2)  # after each attention and feed-forward, against overfitting
     validation_bytes: int = by_size(cpu=32768, gpu=524288)  # at most this much of either text in each validation
-    validate_every: int = by_size(cpu=1000, gpu=2500)  # steps between validations
-    checkpoint_every: int = by_size(cpu=500, gpu=2500)  # steps between checkpoints
+    validate_every: int = by_size(cpu=1150, gpu=2500)  # steps between validations
+    checkpoint_every: int = by_size(cpu=575, gpu=2500)  # steps between checkpoints
     log_every: int = by_size(cpu=10, gpu=50)  # steps between points in TensorBoard
 
     # Data
@@ -108,15 +112,19 @@ class CONFIG:
     validation_data_file: str = "auto"  # auto: validation.txt beside train.txt, else the last 5 % of the training text
 
     # Model
-    objective: str = "diffusion"  # or autoregressive: the same network, made causal, for comparison
+    block_length: int = 4  # [n] a byte sees its own block of n and those before; 0: all (LLaDA), 1: autoregressive
+    whole_text_share: float = 0.25  # of the steps, if n > 1: on whole texts, so that the model can fill holes, too
     attention: str = "simplified_mla"  # or mla, as in DeepSeek-V2, or mha, ordinary multi-head attention
     qk_rope_head_dim: int = 8  # of mla: the part of a head's query and key that RoPE turns, even
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
 
-    # Not in the papers: what makes the model learn faster (README, What each choice gives); 0 switches each off
+    # What makes the model learn faster (README, What each choice gives). The bell is published, too (arXiv 2605.13026);
+    # the convolution gives bytes the local contiguity that 2605.12928 finds them to lack. 0 switches off, 1 the power
     conv_width: int = 9  # bytes, odd: depthwise convolution before each block
-    mask_ratio_std: float = 0.1  # of the bell of training's mask ratios, around 0.45 or more; 0: all uniform, the bound
+    mask_ratio_std: float = 0.1  # of the bell of whole texts' mask ratios, around 0.45; 0: all uniform, the bound
+    block_mask_power: float = 0.5  # a block's mask ratio is t ** power, t uniform: below 1 more is masked; 1: as much
+    mask_tilt: float = 1.0  # how much more the later bytes of a block are masked than the first; 0: alike, the bound
     muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the blocks; 0: AdamW for all
 
     # Optimization
@@ -127,15 +135,11 @@ class CONFIG:
     max_minutes: float = 0.0  # end by the clock, learning rate decayed by then; 0: only max_steps counts
 
     # Sampling
-    remasking: str = "entropy"  # the order: entropy, random, threshold, low_confidence (LLaDA); see score_positions
-    inference_steps: int = 0  # forward passes of the first draft, not of threshold; 0: one for each byte
+    remasking: str = "auto"  # the order, see score_positions; auto: left_to_right in blocks, low_confidence elsewhere
+    inference_steps: int = 0  # forward passes, at least one for each block; not of threshold; 0: one for each byte
     confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are unmasked
-    temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
-    revision_sweeps: int = 12  # how often each byte is drawn anew after the first draft, its neighbours in view
-    top_p: float = 0.5  # revisions draw from the most probable bytes that reach this sum; with no sweeps the draft does
-    guidance_scale: float = 0.0  # classifier-free guidance, LLaDA's cfg_scale: away from the unprompted; 0: none
-    block_length: int = 16  # bytes of each block, decoded left to right (semi-autoregressive); 0: one block
-    cache_refresh: int = 0  # every n-th pass of a block is over the whole sequence; 1: all; 0: the very first alone
+    temperature: float = 0.7  # of the byte distribution; 0 takes the most probable byte
+    top_p: float = 0.9  # bytes are drawn from the most probable ones that together reach this probability
     num_samples: int = 3  # prompts from the validation text that each validation continues
 
     # Run
@@ -174,6 +178,26 @@ class ByteLevelTextDataset(Dataset):
             mapping.madvise(mmap.MADV_RANDOM)
         self.bytes = np.frombuffer(mapping, np.uint8)[start:stop]
 
+    def identity(self):
+        """Tells this text from another: its size and a checksum of 64 pieces of it, cheap for any size."""
+        checksum, size = 0, len(self.bytes)
+        for start in {i * max(0, size - 4096) // 63 for i in range(64)}:
+            checksum ^= zlib.crc32(self.bytes[start : start + 4096], start % 2**32)
+        return f"{size}-{checksum:08x}"
+
+    def close(self):
+        self.file.close()  # the mapping is closed with the last array that shows its bytes
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __del__(self):
+        with suppress(AttributeError):  # where __init__ failed
+            self.close()
+
     def __len__(self):
         return math.ceil(len(self.bytes) / self.max_length)
 
@@ -181,11 +205,12 @@ class ByteLevelTextDataset(Dataset):
         return self.read(np.array([range(len(self))[index] * self.max_length]))[0]  # range raises the IndexError
 
     def random_crops(self, seed, step, rows, num_rows):
-        """Sequences that begin anywhere, [rows, max_length]: the rows `rows`, a slice, of the `num_rows` of a step. The
-        batch is a function of (seed, step), so every process and micro-batch finds its own rows of it, and a resumed
-        run goes on where it stopped."""
+        """Sequences that begin anywhere, uint8 [rows, max_length]: the rows `rows`, a slice, of the `num_rows` of a
+        step. The batch is a function of (seed, step), so every process and micro-batch finds its own rows of it, and a
+        resumed run goes on where it stopped."""
         num_starts = len(self.bytes) - self.max_length + 1
-        return self.read(np.random.default_rng([seed, step]).integers(num_starts, size=num_rows)[rows])
+        starts = np.random.default_rng([seed, step]).integers(num_starts, size=num_rows)[rows]
+        return self.read(starts).to(torch.uint8)  # an eighth of the bytes to copy to a GPU
 
     def read(self, starts):
         if os.fstat(self.file.fileno()).st_size < self.size:  # reading beyond the end of a mapping kills the process
@@ -220,41 +245,42 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-class PositionCache(dict):
-    """For fast sampling alone; in training every `cache` below is None. What the layers keep of all positions (the
-    convolution's inputs, keys, values), so that a pass need only compute the positions of its `span`, a slice."""
+@dataclass
+class Layout:
+    """What the layers know of their input beside its values: the layers know nothing of objectives.
 
-    def update(self, key, new, dim):
-        """Put what was computed for the span into its place along `dim`; returns what is kept of all positions."""
-        if self.setdefault(key, new) is not new:  # the first pass computes all of them
-            self[key].narrow(dim, self.span.start, new.shape[dim]).copy_(new)
-        return self[key]
+    Of the P positions the first C may be the clean text, the others then are the noisy one. K keys are seen.
+    """
+
+    rope: torch.Tensor  # [P, 2, d], of each position's place in the text
+    sees: torch.Tensor | None = None  # bool [P, K] or [B, 1, P, K]: who attends to whom; None: all to all
+    in_block: torch.Tensor | None = None  # bool [P, conv_width]: which neighbours are of the same block; None: all
+    is_byte: torch.Tensor | None = None  # bool [B, P, 1]: False at PAD; None: there is no PAD
+    is_causal: bool = False  # instead of `sees`: each to itself and those before
+    num_clean: int = 0  # C
+    first_output: int = 0  # the last layer computes only the positions from here on, which somebody needs
+    cache: "PositionCache | None" = None  # of the sampler
 
 
 class Attention(nn.Module):
-    """What all kinds of attention share; each says only how x becomes queries, keys and values. All are bidirectional,
-    except in the autoregressive twin."""
+    """What all kinds of attention share; each says only how x becomes queries, keys and values."""
 
     def __init__(self, config):
         super().__init__()
-        self.num_heads, self.is_causal = config.num_heads, config.objective == "autoregressive"
+        self.num_heads = config.num_heads
 
-    def forward(self, x, rope, attention_mask=None, cache=None):
-        q, k, v = self.queries_keys_values(x, rope)  # [B, H, L, d] each
-        if cache is not None:
-            k, v = cache.update((self, "k"), k, dim=2), cache.update((self, "v"), v, dim=2)
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, L], the same for all heads and queries
-        if self.is_causal and (cache is not None or attention_mask is not None):
-            causal = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril()  # [L, L]
-            causal = causal if cache is None else causal[cache.span]
-            attention_mask = causal if attention_mask is None else attention_mask & causal
-        is_causal = self.is_causal and attention_mask is None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=is_causal)  # [B, H, L, d]
-        return self.wo(out.transpose(1, 2).flatten(-2))  # [B, L, D]
+    def forward(self, x, layout, first=0):
+        """x [B, P, D]; returns what the positions from `first` on attended to, [B, P - first, D]."""
+        q, k, v = self.queries_keys_values(x, layout.rope, first)  # [B, H, P - first, d], [B, H, P, d] twice
+        if layout.cache is not None:
+            first_key = layout.cache.first_key
+            k, v = (layout.cache.update((self, name), new, 2, first_key) for name, new in (("k", k), ("v", v)))
+        sees = None if layout.sees is None else layout.sees[..., first:, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=layout.is_causal)
+        return self.wo(out.transpose(1, 2).flatten(-2))
 
     def split_heads(self, x):
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, L, d]
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, P, d]
 
 
 class SimplifiedMLAttention(Attention):
@@ -270,10 +296,10 @@ class SimplifiedMLAttention(Attention):
         self.wv = nn.Linear(R, D, bias=False)
         self.wo = nn.Linear(D, D, bias=False)
 
-    def queries_keys_values(self, x, rope):
-        latent = self.w_latent(x)  # [B, L, R]
-        q, k, v = self.split_heads(self.wq(x)), self.split_heads(self.wk(latent)), self.split_heads(self.wv(latent))
-        return apply_rope(q, rope), apply_rope(k, rope), v
+    def queries_keys_values(self, x, rope, first):
+        q, latent = self.split_heads(self.wq(x[:, first:])), self.w_latent(x)  # [B, P, R]
+        k, v = self.split_heads(self.wk(latent)), self.split_heads(self.wv(latent))
+        return apply_rope(q, rope[first:]), apply_rope(k, rope), v
 
 
 class MultiHeadAttention(SimplifiedMLAttention):
@@ -300,12 +326,12 @@ class MultiHeadLatentAttention(Attention):
         self.wv_b = nn.Linear(R, D, bias=False)
         self.wo = nn.Linear(D, D, bias=False)
 
-    def queries_keys_values(self, x, rope):
-        latent, k_rope = self.wkv_a(x).split([self.wk_b.in_features, self.rope_dim], dim=-1)  # [B, L, R], [B, L, rope]
+    def queries_keys_values(self, x, rope, first):
+        latent, k_rope = self.wkv_a(x).split([self.wk_b.in_features, self.rope_dim], dim=-1)  # [B, P, R], [B, P, rope]
         latent = self.kv_norm(latent)
-        q_nope, q_rope = self.split_heads(self.wq(x)).split([self.nope_dim, self.rope_dim], dim=-1)
+        q_nope, q_rope = self.split_heads(self.wq(x[:, first:])).split([self.nope_dim, self.rope_dim], dim=-1)
         k_rope = apply_rope(k_rope[:, None], rope).expand(-1, self.num_heads, -1, -1)  # one for all heads
-        q = torch.cat([q_nope, apply_rope(q_rope, rope)], dim=-1)
+        q = torch.cat([q_nope, apply_rope(q_rope, rope[first:])], dim=-1)
         return q, torch.cat([self.split_heads(self.wk_b(latent)), k_rope], dim=-1), self.split_heads(self.wv_b(latent))
 
 
@@ -317,7 +343,7 @@ def mish(x):
     default size took 120 ms with it and 112 ms with this (the shortest of 40 each, in turn)."""
     exp = torch.exp(x.float().clamp(max=20))  # beyond 20 it is x to the last bit; float16 would overflow at 5.5
     ratio = exp * (exp + 2)
-    return x * (ratio / (ratio + 2))
+    return x * (ratio / (ratio + 2)).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -333,32 +359,70 @@ class FeedForward(nn.Module):
         return self.w2(mish(self.w1(x)) * self.w3(x))
 
 
+class PositionCache(dict):
+    """For sampling in blocks: what the layers keep of the positions so far (the convolution's inputs, keys, values).
+    Since no block sees a later one they never change, so a pass computes only the positions of its `span`."""
+
+    def __init__(self, length):
+        self.length, self.span, self.first_key, self.first_output = length, slice(0, 0), 0, 0
+
+    def update(self, key, new, dim, first):
+        """Put what was computed for the span into its place along `dim`; returns what is kept from `first` on."""
+        if key not in self:
+            self[key] = new.new_empty([self.length if i == dim else size for i, size in enumerate(new.shape)])
+        self[key].narrow(dim, self.span.start, new.shape[dim]).copy_(new)
+        return self[key].narrow(dim, first, self.span.stop - first)
+
+
 class DepthwiseConvolution(nn.Module):
-    """Adds to each channel of x [B, L, D] a weighted sum of its surroundings, `width` positions wide (causal: of itself
-    and those before). Written as shifts, which torch.compile fuses: six times faster on a CPU than nn.Conv1d(D, D,
-    width, groups=D)."""
+    """Adds to each channel of x [B, P, D] a weighted sum of its surroundings, `width` positions wide (causal: of itself
+    and those before). A neighbour in an earlier block is read from the clean stream, one in the same block from the
+    position's own stream; one in a later block is zero, else it would leak. Written as shifts, which torch.compile
+    fuses: six times faster on a CPU than nn.Conv1d(D, D, width, groups=D)."""
 
     def __init__(self, width, model_dim, is_causal=False):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, model_dim))
         self.left = width - 1 if is_causal else width // 2
 
-    def forward(self, x, cache=None):
-        weight, width = self.weight.to(x.dtype), self.weight.shape[0]
-        if cache is None:
-            padded = F.pad(x, (0, 0, self.left, width - 1 - self.left))  # [B, L + width - 1, D]
-            return x + sum(padded[:, shift : shift + x.shape[1]] * weight[shift] for shift in range(width))
-        whole = cache.update(self, x, dim=1)
-        first, stop = cache.span.start - self.left, cache.span.stop + width - 1 - self.left
-        part = whole[:, max(first, 0) : min(stop, whole.shape[1])]
-        padded = F.pad(part, (0, 0, max(-first, 0), max(stop - whole.shape[1], 0)))
-        return x + (padded.unfold(1, width, 1) * weight.T).sum(dim=-1)  # not compiled this has the fewest kernels
+    def forward(self, x, layout):
+        if layout.cache is not None:
+            first = max(0, layout.cache.span.start - self.left)
+            return x + self.of_span(layout.cache.update(self, x, 1, first), x.shape[1], layout.in_block)
+        clean, C, in_block = x[:, : layout.num_clean], layout.num_clean, layout.in_block
+        if not C:
+            return x + self.of_stream(x, x, in_block)
+        noisy = self.of_stream(x[:, C:], clean, in_block[C:])
+        return x + torch.cat([self.of_stream(clean, clean, in_block[:C]), noisy], dim=1)
+
+    def of_stream(self, own, clean, in_block):
+        weight, (width, length), total = self.weight.to(own.dtype), (self.weight.shape[0], own.shape[1]), 0
+        around = F.pad(own, (0, 0, self.left, width - 1 - self.left))  # [B, L + width - 1, D]
+        before = F.pad(clean, (0, 0, self.left, length - clean.shape[1]))
+        for shift in range(width):
+            neighbour = around[:, shift : shift + length]
+            if in_block is not None and shift != self.left:
+                other = before[:, shift : shift + length] if shift < self.left else 0.0
+                neighbour = torch.where(in_block[:, shift, None], neighbour, other)
+            total = total + neighbour * weight[shift]
+        return total
+
+    def of_span(self, known, length, in_block):
+        """The same for the last `length` of the positions known [N, K, D]; not compiled this has the fewest kernels."""
+        weight, width = self.weight.to(known.dtype), self.weight.shape[0]
+        part = F.pad(known, (0, 0, self.left + length - known.shape[1], width - 1 - self.left))
+        if in_block is None:
+            weight = weight.T
+        else:
+            is_seen = in_block | (torch.arange(width, device=known.device) < self.left)  # [length, width]
+            weight = weight.T * is_seen[:, None]  # [length, D, width]
+        return (part.unfold(1, width, 1) * weight).sum(dim=-1)
 
 
 class TransformerBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        shape = config.conv_width, config.model_dim, config.objective == "autoregressive"
+        shape = config.conv_width, config.model_dim, config.block_length == 1
         self.convolution = DepthwiseConvolution(*shape) if config.conv_width else None
         self.attention_norm = RMSNorm(config.model_dim)
         self.attention = ATTENTIONS[config.attention](config)
@@ -366,25 +430,33 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, attention_mask=None, cache=None):
-        if attention_mask is not None:  # PAD is to the convolution what lies beyond the ends: zero
-            x = x * (attention_mask if cache is None else attention_mask[:, cache.span])[..., None]
+    def forward(self, x, layout, first=0):
+        """x [B, P, D] to [B, P - first, D]: of what is before `first` only keys and values are needed."""
+        if layout.is_byte is not None:  # PAD is to the convolution what lies beyond the ends: zero
+            x = x * layout.is_byte
         if self.convolution is not None:
-            x = self.convolution(x, cache)
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, attention_mask, cache))
+            x = self.convolution(x, layout)
+        x = x[:, first:] + self.dropout(self.attention(self.attention_norm(x), layout, first))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
 class MaskPredictor(nn.Module):
     """The transformer of the masked diffusion model. It gets no time as input: the number of MASKs says as much.
 
-    Its autoregressive twin is the same network, causal, on a sequence shifted by one: position i sees MASK and the
-    bytes before i, so its logits at i predict byte i, too, and all code written for the one works for the other.
+    A text of L bytes is cut into blocks of n = block_length bytes, and a byte sees its own block and those before:
+
+    n = L (or 0)     all see all: LLaDA
+    1 < n < L        block diffusion (BD3-LM, arXiv 2503.09573)
+    n = 1            its autoregressive twin: the same network, causal, on a sequence shifted by one, so that position i
+                     sees MASK and the bytes before i, and its logits predict byte i, too
     """
 
     def __init__(self, config):
         super().__init__()
-        self.is_causal = config.objective == "autoregressive"
+        n, L = config.block_length, config.max_length
+        require(not n or L % n == 0, "block_length", n, f"a divisor of max_length={L}, or 0")
+        self.block_length, self.max_length, self.conv_width = n, L, config.conv_width
+        self.sees_whole_texts = not config.block_length or config.block_length > 1 and config.whole_text_share > 0
         self.tok_embeddings = nn.Embedding(NUM_TOKENS, config.model_dim)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim)
@@ -398,34 +470,72 @@ class MaskPredictor(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
-    def forward(self, tokens, attention_mask=None):
+    def forward(self, tokens, attention_mask=None, clean=None, block_length=None):
         """Logits [B, L, 256], float32, of the byte at each position of tokens [B, L], int64: bytes and special ids.
+
+        Earlier blocks are read from `clean` [B, L], so that all blocks of a partly masked text are predicted in one
+        pass; by default from tokens itself. block_length is by default the model's.
 
         attention_mask, bool [B, L], is False where nothing may be seen: by default at PAD. Compiled code cannot look
         for PAD, so there a batch with PAD must bring its mask. InputError if L exceeds rope_max_length_buffer.
         """
         if attention_mask is None and not torch.compiler.is_compiling() and (tokens == PAD).any():
             attention_mask = tokens != PAD
-        return self.output(self.hidden(tokens, attention_mask)).float()  # [B, L, 256]
+        return self.output(self.hidden(tokens, attention_mask, clean, block_length)).float()  # [B, L, 256]
 
-    def hidden(self, tokens, attention_mask=None, cache=None):
-        """What the output layer turns into logits, [B, L, D]; with a PositionCache only that of its span. Does not look
-        for PAD."""
+    def hidden(self, tokens, attention_mask=None, clean=None, block_length=None, cache=None):
+        """What the output layer turns into logits, [B, L, D]; with a PositionCache only that of its block. Does not
+        look for PAD."""
         length, longest = tokens.shape[1], self.rope.shape[0]
         if length > longest:
             raise InputError(f"a sequence of {length} bytes exceeds rope_max_length_buffer={longest}; raise that field")
-        if attention_mask is not None:  # a row of nothing but PAD sees itself: no NaN
-            attention_mask = attention_mask | ~attention_mask.any(dim=1, keepdim=True)
-        if self.is_causal:
-            shifted = F.pad(tokens[:, :-1], (1, 0), value=MASK)
-            tokens = shifted.masked_fill((shifted == PAD) & (tokens != PAD), MASK)  # of a row that begins with PAD
-        span = slice(None) if cache is None else cache.span
-        x, rope = self.tok_embeddings(tokens[:, span]), self.rope[:length][span]  # [B, L, D], [L, 2, d]
+        n = (self.block_length if block_length is None else block_length) or length
+        if n == 1:
+            known = tokens if clean is None else clean
+            shifted = F.pad(known[:, :-1], (1, 0), value=MASK)
+            tokens, clean = shifted.masked_fill((shifted == PAD) & (known != PAD), MASK), None  # of a row's beginning
+        num_clean = 0 if clean is None else (length - 1) // n * n  # the last block, clean, is seen by nobody
+        if num_clean:
+            tokens = torch.cat([clean[:, :num_clean], tokens], dim=1)  # [B, P]
+        if num_clean and attention_mask is not None:
+            attention_mask = torch.cat([attention_mask[:, :num_clean], attention_mask], dim=1)
+        layout = self.layout(length, n, num_clean, attention_mask, cache)
+        x = self.tok_embeddings(tokens if cache is None else tokens[:, cache.span])  # [B, P, D]
         if torch.is_autocast_enabled(x.device.type):  # autocast leaves the residual stream in fp32: more bytes to move
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
-            x = layer(x, rope, attention_mask, cache)
+            x = layer(x, layout, layout.first_output if layer is self.layers[-1] else 0)
         return self.norm(x)
+
+    def layout(self, length, n, num_clean, attention_mask, cache):
+        """The Layout of a text of `length` bytes in blocks of n: `num_clean` clean bytes, then all of them, noisy; or
+        all in one stream, with a cache only those of its span. In blocks, nobody sees further than max_length back."""
+        place, device = torch.arange(length, device=self.rope.device), self.rope.device
+        sees = in_block = is_byte = None
+        if cache is None:
+            queries = keys = torch.cat([place[:num_clean], place])  # [P], [K]
+            first_query, first_output = 0, num_clean
+        else:
+            cache.first_key = max(0, (cache.span.start // n + 1) * n - self.max_length)
+            queries, keys = place[cache.span], place[cache.first_key :]
+            first_query, first_output = cache.span.start - cache.first_key, cache.first_output
+        is_alone = cache is not None and len(queries) <= n  # a single block sees all that is kept
+        is_causal = n == 1 and cache is None and attention_mask is None and length <= self.max_length
+        if n < length and not is_alone and not is_causal:
+            is_noisy = torch.arange(len(keys), device=device) >= (num_clean or len(keys))  # [K]
+            noisy_query, block, of_query = is_noisy[first_query:, None], keys // n, queries[:, None] // n
+            is_earlier = block < of_query + ~noisy_query  # of clean keys; the clean see their own block, too
+            is_near = keys >= (of_query + 1) * n - self.max_length
+            sees = torch.where(is_noisy, noisy_query & (block == of_query), is_earlier & is_near)  # [P, K]
+        if 1 < n < length:
+            offset = torch.arange(self.conv_width, device=device) - self.conv_width // 2
+            in_block = (queries[:, None] + offset) // n == queries[:, None] // n  # [P, width]
+        if attention_mask is not None:
+            is_seen = attention_mask if cache is None else attention_mask[:, cache.first_key :]  # [B, K]
+            is_byte = is_seen[:, first_query:, None]
+            is_self = torch.eye(len(keys), dtype=torch.bool, device=device)[first_query:]  # else PAD sees nothing: NaN
+            sees = is_seen[:, None, None, :] & (True if sees is None else sees) | is_self
+        return Layout(self.rope[queries], sees, in_block, is_byte, is_causal, num_clean, first_output, cache)
 
 
 # === The diffusion objective ==========================================================================================
@@ -437,28 +547,31 @@ def stratified_quantiles(count, generator):
     return (torch.arange(count, device=generator.device) + offset) / count
 
 
-def draw_noise(num_rows, length, generator):
-    """All the randomness of masking a batch: t [num_rows] and noise [num_rows, length], which ranks the positions.
+def draw_noise(num_rows, length, generator, block_length=0):
+    """All the randomness of masking a batch: t [num_rows, blocks] and noise [num_rows, length], which ranks positions.
 
-    t is LLaDA's t as a ratio: exactly 1 + floor(t * length) bytes will be masked, where LLaDA masks each of them with
-    probability t. The bound is the same (see `masked_diffusion_loss`). t is stratified: every batch covers [0, 1)
-    evenly.
+    t is LLaDA's t as a ratio: exactly 1 + floor(t * n) bytes of a block of n will be masked, where LLaDA masks each of
+    them with probability t. The bound is the same (see `masked_diffusion_loss`). t is stratified: the blocks of every
+    batch cover [0, 1) evenly.
     """
-    t = stratified_quantiles(num_rows, generator)
-    return t, torch.rand(num_rows, length, generator=generator, device=generator.device)
+    n = block_length or length
+    require(length % n == 0, "block_length", block_length, f"a divisor of {length} bytes")
+    num_blocks = length // n
+    t = stratified_quantiles(num_rows * num_blocks, generator)
+    if num_blocks > 1:  # else the first blocks would always have the fewest masks
+        t = t[torch.randperm(len(t), generator=generator, device=t.device)]
+    return t.view(num_rows, -1), torch.rand(num_rows, length, generator=generator, device=generator.device)
 
 
-UNIFORM_SHARE = 1 / 8  # of a batch's rows; with none, samples of Japanese held twice the text's white space
-LEAST_MEAN, LARGEST_MEAN = 0.45, 0.75  # of the bell, see `next_mask_ratio_mean`
+UNIFORM_SHARE = 1 / 8  # of a batch's rows
 
 
-def training_mask_ratios(t, std, mean):
-    """The mask ratios of training, from uniform t: an eighth of the rows stay uniform, the others become quantiles of a
-    normal of this mean and standard deviation.
+def training_mask_ratios(t, std, mean=0.45):
+    """The mask ratios of training on whole texts, from uniform t: an eighth of the rows stay uniform, the others become
+    quantiles of a normal of this mean and standard deviation.
 
-    Almost all or almost nothing masked teaches little: after 600 steps of tiny Shakespeare the bound of the default CPU
-    size is 0.14 bits per byte better this way. But the sampler starts from MASKs alone and revises with most bytes in
-    view, so the model must see these states, too. (erfinv, since Apple GPUs have no torch.special.ndtri.)
+    Almost all or almost nothing masked teaches little. But the sampler starts from MASKs alone, so the model must see
+    these states, too. (erfinv, since Apple GPUs have no torch.special.ndtri.)
     """
     if not std:
         return t
@@ -467,46 +580,46 @@ def training_mask_ratios(t, std, mean):
     return torch.where(t < UNIFORM_SHARE, t / UNIFORM_SHARE, bell)
 
 
-def next_mask_ratio_mean(mean, loss):
-    """The mean of the bell in the next step: it rises while the loss is below 1 nat per byte, as such masks are too
-    easy to teach much, and falls again while it is above. The default CPU size reaches 0.54 bits per byte on the
-    starter corpus this way, 0.72 with a bell that stays at 0.45. Scalars on the device: no step waits for them. A loss
-    that is not finite changes nothing."""
-    return (mean + 0.002 * (1 - loss).nan_to_num(0, 0, 0)).clamp(LEAST_MEAN, LARGEST_MEAN)
-
-
 def choose_positions(candidates, scores, counts):
     """In each row the `counts` [N] candidates (bool [N, W]) of highest score [N, W], as bool [N, W]."""
     order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return candidates & (order.argsort(dim=1) < counts[:, None])
 
 
+def into_blocks(values, num_blocks):
+    return values.unflatten(1, (num_blocks, -1))  # [B, L] to [B, blocks, n]
+
+
 def mask_bytes(x0, t, noise):
-    """The forward process: replace exactly k = 1 + floor(length * t) bytes of each sequence by MASK, those with the
-    lowest noise. PAD is no byte and stays. Returns xt [B, L] int64 and is_masked [B, L] bool."""
-    is_byte = x0 != PAD
-    lengths = is_byte.sum(dim=1)
-    num_masked = torch.minimum(1 + (lengths * t).long(), lengths)  # [B]; the minimum guards t rounded up to 1
-    is_masked = choose_positions(is_byte, -noise, num_masked)
+    """The forward process: replace exactly k = 1 + floor(n * t) bytes of each block of n by MASK, those with the lowest
+    noise; t [B, blocks] (or [B]: one block), noise [B, L]. PAD is no byte and stays. Returns xt [B, L] int64 and
+    is_masked [B, L] bool."""
+    t = t.reshape(len(x0), -1)
+    is_byte = into_blocks(x0 != PAD, t.shape[1])  # [B, blocks, n]
+    lengths = is_byte.sum(dim=-1)
+    num_masked = torch.minimum(1 + (lengths * t).long(), lengths)  # [B, blocks]; the minimum guards t rounded up to 1
+    noise = into_blocks(noise, t.shape[1])
+    is_masked = choose_positions(is_byte.flatten(0, 1), -noise.flatten(0, 1), num_masked.flatten())
+    is_masked = is_masked.view_as(x0)
     return x0.masked_fill(is_masked, MASK), is_masked
 
 
 def predict_masked(model, x0, t, noise):
-    """Mask x0 and predict it; returns logits [B, L, 256], the cross-entropy in nats and is_masked, both [B, L]. The
-    autoregressive twin predicts every byte from those before it."""
-    xt, is_masked = (x0, x0 != PAD) if is_autoregressive(model) else mask_bytes(x0, t, noise)
-    logits = model(xt)
+    """Mask x0 and predict it; returns logits [B, L, 256], the cross-entropy in nats and is_masked, both [B, L]."""
+    xt, is_masked = mask_bytes(x0, t, noise)
+    if t.numel() == len(x0):  # one block
+        logits = model(xt, block_length=0)
+    else:
+        logits = model(xt, clean=x0, block_length=x0.shape[1] // t.shape[1])
     targets = x0.masked_fill(~is_masked, -100)  # -100: no loss
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return logits, cross_entropy.view_as(x0), is_masked
 
 
-def is_autoregressive(model):
-    return getattr(getattr(model, "module", model), "is_causal", False)  # module: of DistributedDataParallel
-
-
-def mean_of_masked(values, is_masked):
-    return (values * is_masked).sum(dim=1) / is_masked.sum(dim=1).clamp(min=1)
+def mean_of_masked(values, is_masked, num_blocks):
+    """The mean over the masked bytes of each block, [B, blocks]."""
+    values, is_masked = into_blocks(values * is_masked, num_blocks), into_blocks(is_masked, num_blocks)
+    return values.sum(dim=-1) / is_masked.sum(dim=-1).clamp(min=1)
 
 
 def masked_diffusion_loss(model, x0, t=None, noise=None):
@@ -522,18 +635,160 @@ def masked_diffusion_loss(model, x0, t=None, noise=None):
     (LLaDA's eq. 6, by which it evaluates). There is no 1/t to blow up. The mean is taken within each sequence, then
     over the sequences; dividing by the number of masks in the whole batch would be another objective.
 
+    Block diffusion (BD3-LM, arXiv 2503.09573) is the same within each block of n bytes, given the clean blocks before
+    it, so the chain rule over the blocks makes it a bound, too: LLaDA's for n = L, the exact likelihood for n = 1.
+
     `model` maps int64 [B, L] to logits [B, L, 256]; x0 is int64 [B, L], clean bytes, PAD where a sequence is shorter; t
-    and noise are as `draw_noise` returns them, by default drawn by way of torch's generator. Returns a scalar, nats per
-    byte.
+    and noise are as `draw_noise` returns them, by default drawn by way of torch's generator; the columns of t are the
+    blocks. Returns a scalar, nats per byte.
     """
     if t is None:
         generator = torch.Generator(x0.device).manual_seed(int(torch.randint(2**62, ())))
-        t, noise = draw_noise(*x0.shape, generator)
+        t, noise = draw_noise(*x0.shape, generator, block_length_of(model))
     _, nats, is_masked = predict_masked(model, x0, t, noise)
-    return mean_of_masked(nats, is_masked).mean()
+    num_blocks = t.numel() // len(x0)
+    lengths = into_blocks(x0 != PAD, num_blocks).sum(dim=-1)  # [B, blocks]
+    means = mean_of_masked(nats, is_masked, num_blocks)
+    return ((means * lengths).sum(dim=1) / lengths.sum(dim=1).clamp(min=1)).mean()
+
+
+def block_length_of(model):
+    return getattr(getattr(model, "module", model), "block_length", 0)  # module: of DistributedDataParallel
 
 
 # === Sampler: from MASKs to text ======================================================================================
+
+
+def run_conditional_diffusion_inference(
+    model, prompt, response_length, config, suffix="", seed=None, on_step=None, until=None
+):
+    """Write `response_length` bytes after `prompt`, and before `suffix` if there is one (infilling); 0: only the holes.
+    What follows the last given byte ends with the first `until` in it, a str or bytes, if that comes sooner.
+
+    `prompt` is a str, bytes or a sequence of ints: 0..255, and MASK for each byte of a hole. A list of such prompts, of
+    any lengths, is sampled as one batch, the i-th with seed + i (default: config.seed). They are aligned at the end of
+    what is given; with holes of the same shape each comes out as it would alone. Of `config` the section Sampling,
+    block_length, seed and rope_max_length_buffer matter. `on_step` is called with all sequences, x [N, L] int64 with
+    PAD around the shorter ones, before the first pass and after every pass; the last call shows the finished bytes. The
+    next pass overwrites x.
+
+    Returns prompt, response and suffix as one str, with invalid UTF-8 replaced by U+FFFD; for a list, a list of those.
+    Raises InputError if the whole is longer than rope_max_length_buffer, response_length is negative, a number is
+    neither a byte nor MASK, seed is negative, or a hole with text after it is given to a model that never saw any.
+    """
+    is_batch = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], (int, np.integer)))
+    suffix, until, on_step = to_tokens(suffix), to_tokens(until or ""), on_step or (lambda x: None)
+    texts = [to_tokens(one) + [MASK] * response_length + suffix for one in (prompt if is_batch else [prompt])]
+    seed = config.seed if seed is None else seed
+    require(seed >= 0, "seed", seed, "0 or more")
+    require(response_length >= 0, "response_length", response_length, "0 or more")
+    longest = max(map(len, texts), default=0)
+    if longest > config.rope_max_length_buffer:
+        sizes = f"prompt and suffix ({longest - response_length} bytes) and response_length ({response_length})"
+        raise InputError(f"{sizes} exceed rope_max_length_buffer={config.rope_max_length_buffer}; shorten one of them")
+    n, own, sees_whole_texts = config.block_length, block_length_of(model), model.sees_whole_texts
+    accepted = f"{own}, in which the model was trained" + ", or 0" * sees_whole_texts
+    require(not own or n == own or n == 0 and sees_whole_texts, "block_length", n, accepted)
+    has_holes = any(MASK in text[: end_of_given(text)] for text in texts)
+    accepted = "above 0, in the training, to fill holes with text after them"
+    require(sees_whole_texts or not has_holes, "whole_text_share", config.whole_text_share, accepted)
+    in_blocks = bool(own and n)
+    x, is_open, is_asked = arrange(texts, n if in_blocks else 1, next(model.parameters()).device)
+    length = int(is_asked.sum(dim=1).max()) if texts else 0
+    with evaluation_mode(model):
+        for state in fill_masks(model, x, is_open, config, range(seed, seed + len(texts)), in_blocks):
+            x = state
+            is_after = after(x, is_open, until)
+            on_step(x[:, :length])
+            if until and not ((x == MASK) & ~is_after).any():
+                break
+    x = x.masked_fill(is_after | ~is_asked, PAD)
+    if until:
+        on_step(x[:, :length])
+    results = [bytes(token for token in row if token != PAD).decode(errors="replace") for row in x.tolist()]
+    return results if is_batch else results[0]
+
+
+def end_of_given(text):
+    return max((place + 1 for place, token in enumerate(text) if token != MASK), default=0)
+
+
+def arrange(texts, unit, device):
+    """One row for each text, aligned so that what is to be written after its last given byte begins in the same block
+    of `unit` bytes, and ends with a whole one; PAD elsewhere. Returns x [N, L], and as bool [N, L] what follows the
+    last given byte and what was asked for."""
+    given = [end_of_given(text) for text in texts]
+    starts = [(max(given) // unit - end // unit) * unit for end in given]
+    stops = [start + len(text) for start, text in zip(starts, texts)]
+    width = max((math.ceil(stop / unit) * unit for stop in stops), default=0)
+    x = torch.full((len(texts), width), PAD, device=device)
+    for row, text, start, stop in zip(x, texts, starts, stops):
+        row[start:stop] = torch.tensor(text, dtype=torch.int64)
+        row[stop : math.ceil(stop / unit) * unit] = MASK
+    place = torch.arange(width, device=device)
+    ends = torch.tensor([start + end for start, end in zip(starts, given)], device=device)
+    return x, place >= ends[:, None], place < torch.tensor(stops, device=device)[:, None]
+
+
+def fill_masks(model, x, is_open, config, seeds, in_blocks):
+    """Fill every MASK of x [N, L]; yields x before the first pass and after each. A model of blocks first fills holes,
+    with the given text on both sides in view as in whole texts, then writes what is_open, block by block."""
+    if not in_blocks:
+        yield from denoise(model, x, torch.ones_like(is_open), config, seeds, in_blocks)
+        return
+    if ((x == MASK) & ~is_open).any():
+        whole = dataclasses.replace(config, block_length=0)
+        for given in denoise(model, x.masked_fill(is_open, PAD), ~is_open, whole, seeds, False):
+            x = x.where(is_open, given)
+            yield x
+    yield from denoise(model, x, is_open, config, seeds, in_blocks)
+
+
+@torch.inference_mode()
+def denoise(model, x, is_target, config, seeds, in_blocks):
+    """Fill the MASKs of x [N, L] at is_target [N, L] in place; yields x before the first pass and after each.
+
+    This is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5), and everybody else's with another choice of the
+    positions to unmask. The text is cut into blocks, filled from left to right. Each pass predicts the block, draws a
+    byte for each of its MASKs and unmasks some of them. (LLaDA says it the other way round: fill all, then remask all
+    but the most confident, hence the name of the field `remasking`.) Given bytes never change, PAD is not seen. The
+    noise of a row follows from its seed and the blocks, not from what the other rows hold.
+
+    All of x is in view all the time. Or, in_blocks, what comes before the block alone, as in the training of block
+    diffusion: then what was computed for finished blocks stays valid, and a pass computes the block alone (its first
+    pass the one before, too, which now is clean).
+    """
+    if config.remasking == "auto":
+        config = dataclasses.replace(config, remasking="left_to_right" if in_blocks else "low_confidence")
+    is_byte = x != PAD if (x == PAD).any() else None
+    plan = plan_blocks((x == MASK) & is_target, in_blocks, config)
+    cache, previous, origin = PositionCache(x.shape[1]), 0, plan[0][0].start if plan else 0
+    yield x
+    for block, passes in plan:
+        numbers = block.start - origin, *([] if in_blocks else [1])
+        generators = [torch.Generator(x.device).manual_seed(derive_seed(seed, *numbers)) for seed in seeds]
+        for number in itertools.count():
+            is_masked = (x[:, block] == MASK) & is_target[:, block]  # [N, W]
+            if not is_masked.any():  # the only wait for a GPU in a pass
+                break
+            if in_blocks:
+                cache.span = slice(block.start if number else previous, block.stop)
+                cache.first_output = block.start - cache.span.start
+                seen = None if is_byte is None else is_byte[:, : block.stop]
+                hidden = model.hidden(x[:, : block.stop], seen, cache=cache)
+            else:
+                hidden = model.hidden(x, is_byte, block_length=0)[:, block]
+            logits = model.output(hidden).float()
+            if number % 16 == 0:  # for 16 passes at once: small draws cost as much as large ones
+                noise = draw_uniform(generators, 16, is_masked.shape[1], 2)
+            for_bytes, for_order = noise[number % 16].unbind(dim=-1)  # [N, W] each
+            drawn = draw_bytes(logits, config.temperature, config.top_p, for_bytes)
+            scores = score_positions(config.remasking, logits, drawn, for_order)
+            counts = count_to_unmask(config, scores, is_masked, max(1, passes - number))
+            is_chosen = choose_positions(is_masked, scores, counts)
+            x[:, block] = torch.where(is_chosen, drawn, x[:, block])
+            yield x
+        previous = block.start
 
 
 def draw_bytes(logits, temperature, top_p, uniform):
@@ -563,17 +818,20 @@ ENTROPY_TEMPERATURE = 0.3  # nats (Dream's alg_temp); at 0 source code gets too 
 def score_positions(strategy, logits, drawn, uniform):
     """How early each position should be unmasked [N, W], from its logits [N, W, 256] and the byte drawn for it [N, W]:
 
+    left_to_right                the first first
     random                       by chance (MDLM, MD4)
     entropy                      by chance, with probability ~ exp(-entropy / ENTROPY_TEMPERATURE) (arXiv 2508.15487)
     low_confidence, threshold    probability of the drawn byte (LLaDA; Fast-dLLM, arXiv 2505.22618)
 
-    Random and entropy do not look at the drawn byte: with one byte per pass, temperature, top_p and cache_refresh all
-    1, no guidance and no revisions, they sample exactly from a model whose predictions agree with each other. Those of
-    a real model do not quite. In random order it must guess far ahead, where it is weak, and the pieces do not fit. An
-    order by certainty alone leans to what is easy; most of all low_confidence, which favours likely bytes in each pass.
+    The first three do not look at the drawn byte: with one byte per pass, temperature and top_p 1 they sample exactly
+    from a model whose predictions agree with each other. Those of a real model do not quite. In blocks the order from
+    the left fits what `mask_tilt` trains most. An order by certainty leans to what is easy, most of all low_confidence,
+    which favours likely bytes in each pass; but in holes it restores 76 % of the bytes where the other restores 65 %.
     """
     if strategy == "random":
         return uniform
+    if strategy == "left_to_right":
+        return -torch.arange(drawn.shape[1], device=drawn.device).expand_as(drawn).to(uniform.dtype)
     probs = logits.softmax(dim=-1)
     if strategy == "entropy":
         gumbel = -(-uniform.clamp(min=1e-12).log()).log()  # the highest of logits + Gumbel noise is a draw by softmax
@@ -591,88 +849,26 @@ def count_to_unmask(config, scores, is_masked, passes_left):
     return counts.clamp(min=1)
 
 
-def plan_blocks(x, config):
-    """[(block, passes)]: the slices of x [N, L] that hold a MASK, from left to right, and in how many passes each is
-    unmasked; all passes together are inference_steps, at most one for each byte."""
-    columns = (x == MASK).any(dim=0).nonzero().flatten().tolist()
+def plan_blocks(is_masked, is_grid, config):
+    """[(block, passes)]: the slices of is_masked [N, L] that hold a MASK, from left to right, and in how many passes
+    each is unmasked; all passes together are inference_steps, at most one for each byte and at least one for each
+    block. Blocks begin at the first MASK, or on the grid of block_length."""
+    columns = is_masked.any(dim=0).nonzero().flatten().tolist()
     if not columns:
         return []
-    first, stop = columns[0], columns[-1] + 1
-    length = max(config.block_length or stop, -(-(stop - first) // (config.inference_steps or stop)))
-    blocks = [slice(start, min(start + length, stop)) for start in range(first, stop, length)]
-    masks = [int((x[:, block] == MASK).sum(dim=1).max()) for block in blocks]
+    start, stop, length = columns[0], columns[-1] + 1, config.block_length or is_masked.shape[1]
+    steps = 0 if config.remasking == "threshold" else config.inference_steps
+    if is_grid:
+        start = start // length * length
+    else:  # few passes for many blocks: longer ones
+        length = max(length, -(-(stop - start) // (steps or stop)))
+    blocks = [slice(begin, min(begin + length, stop)) for begin in range(start, stop, length)]
+    masks = [int(is_masked[:, block].sum(dim=1).max()) for block in blocks]
     blocks, masks = zip(*((block, number) for block, number in zip(blocks, masks) if number))
     passes = [1] * len(blocks)
-    for _ in range(min(config.inference_steps or sum(masks), sum(masks)) - len(blocks)):
+    for _ in range(min(steps or sum(masks), sum(masks)) - len(blocks)):
         passes[max(range(len(blocks)), key=lambda i: masks[i] / passes[i])] += 1
     return list(zip(blocks, passes))
-
-
-def predict_block(model, x, block, attention_mask, is_given, cache, guidance_scale):
-    """Logits [N, W, 256] of x[:, block], from a pass over the whole of x [N, L], or over the span of the cache."""
-    if guidance_scale:  # twice as many rows, of which the second half does not see what the user gave
-        x = torch.cat([x, x.masked_fill(is_given & (x != PAD), MASK)])
-        attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    hidden = model.hidden(x, attention_mask, cache)
-    start = 0 if cache is None else cache.span.start
-    logits = model.output(hidden[:, block.start - start : block.stop - start]).float()
-    if not guidance_scale:
-        return logits
-    logits, unconditional = logits.chunk(2)
-    return unconditional + (1 + guidance_scale) * (logits - unconditional)
-
-
-DRAFT_TOP_P = 0.97  # at 1 some samples hold odd characters, which revisions keep; at 0.9 text grows monotonous
-
-
-@torch.inference_mode()
-def denoise(model, x, config, seeds):
-    """Fill every MASK of x [N, L] in place; yields x before the first pass and after each.
-
-    This is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5), and everybody else's with another choice of the
-    positions to unmask. The masked stretch is cut into blocks, filled from left to right. Each pass predicts the block,
-    draws a byte for each of its MASKs and unmasks some of them. (LLaDA says it the other way round: fill all, then
-    remask all but the most confident, hence the name of the field `remasking`.) Given bytes never change, PAD is not
-    seen. The noise of a row follows from its seed and the blocks, not from what the other rows hold.
-
-    Unless revision_sweeps is 0, top_p is for the revisions (see `revise`; the twin's text gets none), and the draft
-    leaves out at most the least probable 3 %.
-
-    With a cache a pass computes the block alone. What it sees of all other positions was computed before: by a pass
-    over the whole sequence, at every `cache_refresh`-th pass of a block or just once at the start, and by the first
-    pass of a block, which computes the block before once more.
-    """
-    attention_mask = x != PAD if (x == PAD).any() else None
-    is_given, cache, previous, plan = x != MASK, None, slice(0, 0), plan_blocks(x, config)
-    top_p = max(config.top_p, DRAFT_TOP_P) if config.revision_sweeps else config.top_p
-    yield x
-    for block, passes in plan:
-        generators = generators_of(seeds, block.start - plan[0][0].start, device=x.device)
-        for number in itertools.count():
-            is_masked = x[:, block] == MASK  # [N, W]
-            if not is_masked.any():  # the only wait for a GPU in a pass
-                break
-            if config.cache_refresh != 1:
-                if cache is None or (config.cache_refresh and number % config.cache_refresh == 0):
-                    cache = PositionCache()
-                    cache.span = slice(0, x.shape[1])
-                else:
-                    cache.span = slice(block.start if number else previous.start, block.stop)
-            logits = predict_block(model, x, block, attention_mask, is_given, cache, config.guidance_scale)
-            if number % 16 == 0:  # for 16 passes at once: small draws cost as much as large ones
-                noise = draw_uniform(generators, 16, is_masked.shape[1], 2)
-            for_bytes, for_order = noise[number % 16].unbind(dim=-1)  # [N, W] each
-            drawn = draw_bytes(logits, config.temperature, top_p, for_bytes)
-            scores = score_positions(config.remasking, logits, drawn, for_order)
-            counts = count_to_unmask(config, scores, is_masked, max(1, passes - number))
-            is_chosen = choose_positions(is_masked, scores, counts)
-            x[:, block] = torch.where(is_chosen, drawn, x[:, block])
-            yield x
-        previous = block
-
-
-def generators_of(seeds, *numbers, device):
-    return [torch.Generator(device).manual_seed(derive_seed(seed, *numbers)) for seed in seeds]
 
 
 def draw_uniform(generators, *shape):
@@ -682,89 +878,21 @@ def draw_uniform(generators, *shape):
     return torch.stack([torch.rand(shape, generator=g, dtype=dtype, device=device) for g in generators], dim=1)
 
 
-REVISION_STRIDE = 5  # the distance between bytes that are drawn anew at once
-
-
-@torch.inference_mode()
-def revise(model, x, is_given, config, seeds):
-    """Draw anew, `revision_sweeps` times, the bytes of x [N, L] that were not given; yields x after each pass.
-
-    A pass masks those at every fifth position, and predicts them from all others: Gibbs sampling, were it one byte at a
-    time and top_p 1. Cutting the tail here, where the neighbours are known, mends misspelt words. Cut in the first
-    draft, it makes the most common byte more common still: a run of spaces that goes on with probability 0.9 would
-    never end.
-    """
-    attention_mask = x != PAD if (x == PAD).any() else None
-    columns = (~is_given).any(dim=0).nonzero().flatten().tolist()
-    if not columns:
-        return
-    block = slice(columns[0], columns[-1] + 1)
-    position = torch.arange(block.stop - block.start, device=x.device)
-    for sweep in range(1, config.revision_sweeps + 1):
-        noise = draw_uniform(generators_of(seeds, sweep, 1, device=x.device), 1, len(position))  # 1: not the draft's
-        for offset in sorted({(column - block.start) % REVISION_STRIDE for column in columns}):
-            is_revised = ~is_given[:, block] & (position % REVISION_STRIDE == offset)
-            x[:, block] = x[:, block].masked_fill(is_revised, MASK)
-            logits = predict_block(model, x, block, attention_mask, is_given, None, config.guidance_scale)
-            drawn = draw_bytes(logits, config.temperature, config.top_p, noise[0])
-            x[:, block] = torch.where(is_revised, drawn, x[:, block])
-            yield x
-
-
-def run_conditional_diffusion_inference(model, prompt, response_length, config, suffix="", seed=None, on_step=None):
-    """Write `response_length` bytes after `prompt`, and before `suffix` if there is one (infilling); 0: only the holes.
-
-    `prompt` is a str, bytes or a sequence of ints: 0..255, and MASK for each byte of a hole. A list of such prompts, of
-    any lengths, is sampled as one batch, the i-th with seed + i (default: config.seed). They are aligned at their first
-    MASK and share the blocks; with holes of the same shape each comes out as it would alone. Of `config` the section
-    Sampling, seed and rope_max_length_buffer matter. `on_step` is called with all sequences, x [N, L] int64 with PAD
-    around the shorter ones, before the first pass and after every pass, revisions included; the last call shows the
-    finished bytes. The next pass overwrites x.
-
-    Returns prompt, response and suffix as one str, with invalid UTF-8 replaced by U+FFFD; for a list, a list of those.
-    Raises InputError if the whole is longer than rope_max_length_buffer, response_length is negative, a number is
-    neither a byte nor MASK, seed is negative, or guidance_scale is given without a prompt.
-    """
-    is_batch = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], (int, np.integer)))
-    require(response_length >= 0, "response_length", response_length, "0 or more")
-    texts, suffix, longest = [], to_tokens(suffix), config.rope_max_length_buffer
-    for given in map(to_tokens, prompt if is_batch else [prompt]):
-        if len(given) + len(suffix) + response_length > longest:
-            sizes = f"prompt and suffix ({len(given) + len(suffix)} bytes) and response_length ({response_length})"
-            raise InputError(f"{sizes} exceed rope_max_length_buffer={longest}; shorten one of them")
-        texts.append(given + [MASK] * response_length + suffix)
-    firsts = [[*text, MASK].index(MASK) for text in texts]
-    if is_autoregressive(model):
-        config = dataclasses.replace(config, block_length=1, inference_steps=0)
-        only_ends = all(set(text[first:]) <= {MASK} for text, first in zip(texts, firsts))
-        require(only_ends, "objective", config.objective, "diffusion, as given bytes follow a hole")
-    has_prompt = all(set(text) - {MASK} for text in texts)
-    require(has_prompt or not config.guidance_scale, "guidance_scale", config.guidance_scale, "0 without a prompt")
-    starts = [max(firsts) - first for first in firsts]
-    length = max((start + len(text) for start, text in zip(starts, texts)), default=0)
-    rows = [[PAD] * start + text + [PAD] * (length - start - len(text)) for start, text in zip(starts, texts)]
-    x = torch.tensor(rows, dtype=torch.int64, device=next(model.parameters()).device).view(len(texts), length)
-    seed, on_step = config.seed if seed is None else seed, on_step or (lambda x: None)
-    require(seed >= 0, "seed", seed, "0 or more")
-    is_given, seeds, width = x != MASK, range(seed, seed + len(texts)), config.block_length or length
-    num_positions = len(texts) * (width if config.cache_refresh == 0 else length)
-    num_threads = torch.get_num_threads()
-    with evaluation_mode(model):
-        torch.set_num_threads(1 if num_positions <= 64 else num_threads)  # on two a pass of 16 bytes takes 15 % longer
-        try:
-            for state in denoise(model, x, config, seeds):
-                on_step(state)
-        finally:
-            torch.set_num_threads(num_threads)
-        for state in () if is_autoregressive(model) else revise(model, x, is_given, config, seeds):
-            on_step(state)
-    results = [bytes(token for token in row if token != PAD).decode(errors="replace") for row in x.tolist()]
-    return results if is_batch else results[0]
+def after(x, is_open, until):
+    """Where in the open text of x [N, L] the first `until`, a list of bytes, is over: bool [N, L]."""
+    is_end, size = torch.zeros_like(x, dtype=torch.bool), len(until)
+    if until and x.shape[1] > size:
+        windows = x[:, :-1].unfold(1, size, 1)  # [N, L - size, size]
+        is_end[:, size:] = (windows == torch.tensor(until, device=x.device)).all(dim=-1) & is_open[:, :-size]
+    return is_end.cumsum(dim=1) > 0
 
 
 def to_tokens(text):
     """A prompt as a list of ints, 0..255 and MASK."""
-    tokens = list(text.encode(errors="surrogateescape") if isinstance(text, str) else text)
+    try:
+        tokens = list(text.encode(errors="surrogateescape") if isinstance(text, str) else text)
+    except UnicodeEncodeError as error:
+        raise InputError(f"prompt: {error.object[error.start]!r} is half a character; give bytes instead") from None
     for token in tokens:
         require(0 <= token < NUM_BYTES or token == MASK, "prompt", token, f"made of bytes 0..255 and MASK={MASK}")
     return [int(token) for token in tokens]
@@ -776,18 +904,22 @@ FINAL_VALIDATION_BYTES = 2**20  # the bound reported at the end is that of the w
 
 
 def train(config, run_dir=None, checkpoint=None):
-    """Train as `config` says, from scratch or from `checkpoint` (what `read_checkpoint` returned), in run_dir. Ctrl-C
-    and SIGTERM end the run in order, after the step. Returns the exit code: 0, or 128 + the signal. Raises
-    TrainingError: the loss was not finite, or the last checkpoint could not be written."""
+    """Train as `config` says, from scratch or from `checkpoint` (what `read_checkpoint` returned), in run_dir. Ctrl-C,
+    SIGTERM and a closed terminal end the run in order, after the step. Returns the exit code: 0, or 128 + the signal.
+    Raises TrainingError: the loss was not finite, or the last checkpoint could not be written."""
     if checkpoint is None:
         write_starter_corpus(config)
-    train_set, validation_set = open_datasets(config)
+    check_writable(run_dir or Path("runs"))
+    train_set, validation_set = open_datasets(config, checkpoint and checkpoint.get("folder"))
     state = TrainingState(config, checkpoint)
+    state.know_texts(train_set, validation_set)
     if state.is_over():
         limit = "--max_steps" if state.step >= config.max_steps else "--max_minutes"
         say(f"{run_dir} ended at step {state.step:,}, after {state.minutes:.1f} minutes; to go on raise {limit}")
         return 0
     run_dir = run_dir or make_run_dir(config)
+    if rank() == 0:
+        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     log, model, num_micro_batches = Log(state, run_dir), in_parallel(state.model), config.gradient_accumulation_steps
     loss_function = compile_loss(model, config)
     intervals = config.log_every, config.validate_every, config.checkpoint_every
@@ -796,20 +928,22 @@ def train(config, run_dir=None, checkpoint=None):
         started, is_over = time.perf_counter() - 60 * state.minutes, False
         log.restart()
         while not is_over:
-            t, noise = training_noise(state)  # of all rows of the step, whoever computes them
+            n = block_length_of_step(config, state.step)
+            t, noise = training_noise(state, n)  # of all rows of the step, whoever computes them
             loss = torch.zeros((), device=config.device)
             for micro_batch in range(num_micro_batches):
                 first = (micro_batch * world_size() + rank()) * config.batch_size
                 rows, is_last = slice(first, first + config.batch_size), micro_batch == num_micro_batches - 1
                 x0 = train_set.random_crops(config.seed, state.step, rows, len(t))  # fetch
-                x0 = x0.to(config.device, non_blocking=config.device.startswith("cuda"))  # on MPS it may lose bytes
+                x0 = x0.pin_memory() if config.device.startswith("cuda") else x0  # else the copy would be waited for
+                x0 = x0.to(config.device, non_blocking=x0.is_pinned()).long()
                 with nullcontext() if is_last or model is state.model else model.no_sync():
                     with autocast(config):
                         part = loss_function(model, x0, t[rows], noise[rows]) / num_micro_batches  # forward
                     state.scaler.scale(part).backward()  # backward
                 loss += part.detach()
             loss = mean_over_processes(loss)
-            state.mask_ratio_mean = next_mask_ratio_mean(state.mask_ratio_mean, loss)
+            log.add(loss, n)
             norm = optimizer_step(state)  # step
             state.minutes, signal_number = agree(state, (time.perf_counter() - started) / 60, received)
             signal_number = 0 if state.is_over() else int(signal_number)  # in the last step it comes too late
@@ -820,7 +954,7 @@ def train(config, run_dir=None, checkpoint=None):
             if to_validate and not signal_number:
                 validate(state, train_set, validation_set, log)
             if to_save and not save_checkpoint(run_dir, "latest.pt", state) and is_over:
-                raise TrainingError(f"step {state.step:,} could not be saved to {run_dir}; make room and use --resume")
+                raise TrainingError(f"step {state.step:,} could not be saved to {run_dir}, see the warning above")
             if to_validate or to_save:
                 log.restart()
         if signal_number:
@@ -829,9 +963,9 @@ def train(config, run_dir=None, checkpoint=None):
         bound, error = estimate_nelbo(state.ema, validation_set, FINAL_VALIDATION_BYTES)
         log.writer.add_scalar("val/final_bits_per_byte", bound, state.step)
     num_bytes = min(len(validation_set.bytes), FINAL_VALIDATION_BYTES)
-    kind = KIND[config.objective]
+    kind = kind_of(config)
     say(f"done: {state.step:,} steps in {tqdm.format_interval(60 * state.minutes)}")
-    say(f"final {kind} on {num_bytes:,} bytes of validation text: {bound:.3f} ± {error:.3f} bits per byte")
+    say(f"final {kind} on {num_bytes:,} bytes of validation text: {with_error(bound, error)} bits per byte")
     say(f"try the best checkpoint: python main.py generate --checkpoint '{run_dir}' --watch")
     return 128 + received[0] if received else 0
 
@@ -842,15 +976,24 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def training_noise(state):
-    """`draw_noise` of the whole batch of a step, over all micro-batches and processes, so that any split of it gets the
-    same; its mask ratios follow `training_mask_ratios`. Seeds torch's generator for dropout, too."""
+def training_noise(state, n):
+    """`draw_noise` of the whole batch of a step in blocks of n, over all micro-batches and processes, so that any split
+    of it gets the same; with the mask ratios of training. Seeds torch's generator for dropout, too."""
     config = state.config
     torch.manual_seed(derive_seed(config.seed, state.step, 1 + rank()))
     generator = torch.Generator(config.device).manual_seed(derive_seed(config.seed, state.step))
     num_rows = config.batch_size * config.gradient_accumulation_steps * world_size()
-    t, noise = draw_noise(num_rows, config.max_length, generator)
-    return training_mask_ratios(t, config.mask_ratio_std, state.mask_ratio_mean), noise
+    t, noise = draw_noise(num_rows, config.max_length, generator, n)
+    if not n:
+        return training_mask_ratios(t, config.mask_ratio_std), noise
+    place = torch.arange(config.max_length, device=noise.device) % n / n  # in its block
+    return t**config.block_mask_power, noise - config.mask_tilt * place
+
+
+def block_length_of_step(config, step):
+    """0, a whole text, in whole_text_share of the steps, evenly spread; else the block_length of CONFIG."""
+    is_whole = math.floor((step + 1) * config.whole_text_share) > math.floor(step * config.whole_text_share)
+    return 0 if is_whole and config.block_length > 1 else config.block_length
 
 
 def learning_rate_scale(config, step, minutes):
@@ -887,18 +1030,17 @@ def validate(state, train_set, validation_set, log):
     """Bounds and samples of the EMA weights, to console, TensorBoard and samples.txt; saves best.pt."""
     config, model, step, writer = state.config, state.ema, state.step, log.writer
     train_bound, _ = estimate_nelbo(model, train_set, config.validation_bytes)
-    lengths, ratios, bits, accuracies = measure_chunks(model, validation_set, config.validation_bytes)
-    bound, error = mean_over_bytes(bits, lengths)
+    bound, error = estimate_nelbo(model, validation_set, config.validation_bytes)
+    of_whole = measure(model, validation_set, config.validation_bytes, 0) if model.sees_whole_texts else None
     best_before, state.best_bound = state.best_bound, min(state.best_bound, bound)
     if rank() == 0:
-        kind = KIND[config.objective]
-        say(f"step {step:,}: {kind} {bound:.3f} ± {error:.3f} bits per byte, on training text {train_bound:.3f}")
+        kind = kind_of(config)
+        say(f"step {step:,}: {kind} {with_error(bound, error)} bits per byte, on training text {train_bound:.3f}")
         writer.add_scalar("train/bits_per_byte", train_bound, step)
         writer.add_scalar("val/bits_per_byte", bound, step)
         writer.add_scalar("val/best_bits_per_byte", state.best_bound, step)
-        bins = [] if is_autoregressive(model) else by_mask_ratio(ratios, bits, accuracies)
-        for end, some_bits, accuracy in bins:
-            writer.add_scalar(f"validation_bits_by_mask_ratio/to_{end:03d}_percent", some_bits.mean(), step)
+        for end, bits, accuracy in by_mask_ratio(*of_whole[1:]) if of_whole is not None else []:
+            writer.add_scalar(f"validation_bits_by_mask_ratio/to_{end:03d}_percent", bits.mean(), step)
             writer.add_scalar(f"validation_accuracy_by_mask_ratio/to_{end:03d}_percent", accuracy.mean(), step)
         if config.num_samples:
             show_samples(state, validation_set, log, f"## step {step:,}: {kind} {bound:.3f} bits per byte\n\n")
@@ -926,52 +1068,71 @@ def evaluation_mode(model):
 
 
 @torch.no_grad()
-def measure_chunks(model, dataset, max_bytes=0, batch_size=64, seed=0):
-    """Mask each chunk of a text once, and predict it, in the precision of the weights. Returns four float64 [chunks]:
+def measure(model, dataset, max_bytes=0, block_length=None, batch_size=64, seed=0):
+    """Mask each block of a text once, and predict it, in the precision of the weights. Returns four float64 [blocks]:
     its length, its mask ratio, the mean cross-entropy of the masked bytes in bits, and the accuracy: the fraction of
-    them that the most probable byte is right about.
+    them that the most probable byte is right about. Blocks of nothing but PAD are left out.
 
     The noise is a function of `seed` alone, so that two calls agree and two models are compared on the same masks.
     All processes of a distributed run take part and get the same result. If max_bytes is above 0 about so many bytes
-    are measured, in chunks spread evenly over the text.
+    are measured, in chunks spread evenly over the text. block_length is by default the model's.
     """
-    device = next(model.parameters()).device
+    device, n = next(model.parameters()).device, block_length_of(model) if block_length is None else block_length
     num_chunks = len(dataset) if not max_bytes else min(len(dataset), math.ceil(max_bytes / dataset.max_length))
     chunks = np.arange(num_chunks) * len(dataset) // num_chunks
+    num_blocks = dataset.max_length // (n or dataset.max_length)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same masks whatever the device
-    t = stratified_quantiles(num_chunks, generator)[torch.randperm(num_chunks, generator=generator)]
-    measured = torch.zeros(4, num_chunks, dtype=torch.double)
+    t = stratified_quantiles(num_chunks * num_blocks, generator)
+    t = t[torch.randperm(len(t), generator=generator)].view(num_chunks, num_blocks)
+    measured = torch.zeros(4, num_chunks, num_blocks, dtype=torch.double)
     with evaluation_mode(model):
         for number, rows in enumerate(torch.arange(num_chunks).split(batch_size)):
             noise = torch.rand(len(rows), dataset.max_length, generator=generator)
             if number % world_size() == rank() % world_size():
                 x0 = torch.stack([dataset[chunks[row]] for row in rows]).to(device)
                 logits, nats, is_masked = predict_masked(model, x0, t[rows].to(device), noise.to(device))
-                lengths, is_right = (x0 != PAD).sum(dim=1), logits.argmax(-1) == x0
-                bits, accuracy = mean_of_masked(nats * BITS_PER_NAT, is_masked), mean_of_masked(is_right, is_masked)
-                results = lengths, is_masked.sum(dim=1) / lengths, bits, accuracy
-                measured[:, rows] = torch.stack([result.cpu().double() for result in results])
-    return over_processes("sum", measured)
+                lengths, is_right = into_blocks(x0 != PAD, num_blocks).sum(dim=-1), logits.argmax(-1) == x0
+                ratios = into_blocks(is_masked, num_blocks).sum(dim=-1) / lengths
+                means = [mean_of_masked(values, is_masked, num_blocks) for values in (nats * BITS_PER_NAT, is_right)]
+                measured[:, rows] = torch.stack([result.cpu().double() for result in (lengths, ratios, *means)])
+    measured = over_processes("sum", measured).flatten(1)
+    return measured[:, measured[0] > 0]
 
 
-def mean_over_bytes(values, lengths):
-    """(mean, standard error) of a figure of each chunk, weighted by the chunks' lengths; nan if there are too few."""
-    mean, n = (values * lengths).sum() / lengths.sum(), len(values)
-    spread = ((values - mean) * lengths).square().sum().sqrt() / lengths.sum()
-    return mean.item(), spread.item() * math.sqrt(n / (n - 1)) if n > 1 else math.nan
+def mean_over_bytes(values, lengths, ratios=None):
+    """(mean, standard error) of a figure of each block or chunk, weighted by the lengths; nan of a single one.
+
+    Mask ratios that were stratified explain most of the differences, so they hardly move the mean: given `ratios`, only
+    the differences between neighbours in their order count, SE^2 = n / (n - 1) * sum of (w_i d_i)^2 / 2. Taken as
+    independent, the chunks of the default CPU size would seem to err five times as much as they do.
+    """
+    weights, n = lengths / lengths.sum(), len(values)
+    mean = (values * weights).sum()
+    if n < 2:
+        return mean.item(), math.nan
+    if ratios is None:
+        squares = ((values - mean) * weights).square().sum()
+    else:
+        deviations = ((values - mean) * weights)[ratios.argsort(stable=True)]
+        squares = deviations.diff().square().sum() / 2
+    return mean.item(), (squares * n / (n - 1)).sqrt().item()
 
 
-def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
+def with_error(value, error):
+    return f"{value:.3f}" + ("" if error is None or math.isnan(error) else f" ± {error:.3f}")
+
+
+def estimate_nelbo(model, dataset, max_bytes=0, block_length=None, batch_size=64, seed=0):
     """(mean, standard error) of the bound of `masked_diffusion_loss` over a whole text, in bits per byte: total bits
     over total bytes, and how far chance (of the text's chunks and of the masks) may have moved it. For the arguments
-    see `measure_chunks`."""
-    lengths, _, bits, _ = measure_chunks(model, dataset, max_bytes, batch_size, seed)
-    return mean_over_bytes(bits, lengths)
+    see `measure`."""
+    lengths, ratios, bits, _ = measure(model, dataset, max_bytes, block_length, batch_size, seed)
+    return mean_over_bytes(bits, lengths, None if len(ratios.unique()) == 1 else ratios)
 
 
 def by_mask_ratio(ratios, bits, accuracy):
-    """What `measure_chunks` returned, sorted by the mask ratio k / L: a list of ten (upper end of the bin in percent,
-    bits per masked byte of its chunks, their accuracies)."""
+    """What `measure` returned of whole texts, sorted by the mask ratio k / L: a list of ten (upper end of the bin in
+    percent, bits per masked byte of its chunks, their accuracies)."""
     number = (10 * ratios - 1e-5).ceil().clamp(1, 10)  # k / L of exactly 10 % is of the first bin
     return [(10 * i, bits[number == i], accuracy[number == i]) for i in range(1, 11)]
 
@@ -986,14 +1147,16 @@ def exact_likelihood(model, x0, order="left_to_right", start=0):
     2603.01367).
     """
     rows, xt = torch.arange(len(x0), device=x0.device), x0.clone()
+    n = block_length_of(model) or x0.shape[1]
     xt[:, start:] = MASK
     bits = torch.zeros(x0.shape, dtype=torch.double)
     with evaluation_mode(model):
         for step in tqdm(range(start, x0.shape[1]), order, leave=False, disable=None):  # None: on a terminal alone
-            log_probs = model(xt).log_softmax(dim=-1)
+            stop = (step // n + 1) * n  # of its block
+            log_probs = model(xt[:, :stop]).log_softmax(dim=-1)
             positions = torch.full_like(rows, step)
             if order == "most_confident_first":
-                positions = log_probs.amax(dim=-1).masked_fill(xt != MASK, -torch.inf).argmax(dim=1)
+                positions = log_probs.amax(dim=-1).masked_fill(xt[:, :stop] != MASK, -torch.inf).argmax(dim=1)
             truth = x0[rows, positions]
             bits[rows.cpu(), positions.cpu()] = -log_probs[rows, positions, truth].cpu().double() * BITS_PER_NAT
             xt[rows, positions] = truth
@@ -1004,33 +1167,27 @@ WORD = re.compile(rb"[\w\x80-\xff]+")  # letters of other scripts are bytes from
 
 
 def text_statistics(texts, training_text):
-    """What texts (a list of bytes) look like: {figure: value}. All but the last are fractions or bits; longest match:
-    bytes of the longest piece of a text that stands in the training text."""
-    known = {match[0] for match in WORD.finditer(training_text)}
+    """What texts (a list of bytes) look like: {figure: value}. All are fractions, but the entropy, in bits. Copied: of
+    their pieces of 32 bytes, those that stand in the training text word for word."""
+    known = {match[0] for match in WORD.finditer(training_text or b"")}
     words = [WORD.findall(text)[1:-1] for text in texts]  # those at the ends may be cut
-    trigrams = [trigram for text in words for trigram in zip(text, text[1:], text[2:])]
     flat, joined = list(itertools.chain(*words)), b"".join(texts)
     frequencies = np.bincount(np.frombuffer(joined, np.uint8)) / max(1, len(joined))
     whole = [re.sub(rb"^[\x80-\xbf]{1,3}", b"", text) for text in texts]  # a character cut at an end is no mistake
     characters = "".join(codecs.getincrementaldecoder("utf-8")("replace").decode(text) for text in whole)
-    longest = 0
-    for text in texts:
-        for start in range(len(text)):
-            while start + longest < len(text) and text[start : start + longest + 1] in training_text:
-                longest += 1
+    pieces = [text[start : start + 32] for text in texts for start in range(0, len(text) - 31, 32)]
+    has_text = training_text is not None
     return {
-        "known words": sum(word in known for word in flat) / max(1, len(flat)),
-        "distinct word triples": len(set(trigrams)) / max(1, len(trigrams)),
+        "known words": sum(word in known for word in flat) / max(1, len(flat)) if has_text else None,
         "byte entropy": -sum(p * math.log2(p) for p in frequencies if p),
         "white space": sum(joined.count(byte) for byte in b" \t\n\r") / max(1, len(joined)),
         "invalid UTF-8": characters.count("\ufffd") / max(1, len(characters)),
-        "longest match": longest,
+        "copied": sum(piece in training_text for piece in pieces) / max(1, len(pieces)) if has_text else None,
     }
 
 
 FAR_OFF = {  # a figure of the samples is marked if this holds for its value and that of the text itself
     "known words": lambda value, text: value < 0.9 * text,
-    "distinct word triples": lambda value, text: value < 0.9 * text,
     "byte entropy": lambda value, text: abs(value - text) > 0.1 * text,
     "white space": lambda value, text: value > 1.5 * text,
     "invalid UTF-8": lambda value, text: value > text + 0.001,
@@ -1045,67 +1202,62 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
     starts = np.arange(num_chunks) * (len(dataset.bytes) // length) // num_chunks * length
     x0, rows = dataset.read(starts).to(device), []  # [num_chunks, L], without PAD
 
-    def report(figure, kind, values, unit, about, lengths=None, text=None, is_far_off=False):
-        values = torch.as_tensor(values).cpu().double().reshape(-1)
-        numbers = mean_over_bytes(values, torch.ones_like(values) if lengths is None else lengths)
+    def report(figure, kind, values, text=None, is_far_off=False, **lengths_and_ratios):
+        values = torch.as_tensor(math.nan if values is None else values).cpu().double().reshape(-1)
+        numbers = mean_over_bytes(values, **{"lengths": torch.ones_like(values), **lengths_and_ratios})
         value, error = (None if math.isnan(number) else number for number in numbers)
-        rows.append({"figure": figure, "kind": kind, "value": value, "standard_error": error, "unit": unit})
-        rows[-1] |= {"about": about, "text": text, "is_far_off": bool(is_far_off)}
+        rows.append({"figure": figure, "kind": kind, "value": value, "standard_error": error, "text": text})
+        rows[-1]["is_far_off"] = bool(is_far_off)
 
     def sample(prompts, response_length, **overrides):
-        settings = dataclasses.replace(config, guidance_scale=0.0, **overrides)
+        settings = dataclasses.replace(config, **overrides)
         progress = Progress()
         run_conditional_diffusion_inference(model, prompts, response_length, settings, seed=seed, on_step=progress)
         return progress.steps[-1].to(device)
 
-    lengths, ratios, bits, accuracies = measure_chunks(model, dataset, seed=seed)
-    if is_autoregressive(model):
-        report("likelihood", "exact", bits, "bits/byte", "the whole text", lengths)
-        report("accuracy", "other", accuracies, "fraction", "the most probable byte", lengths)
+    lengths, ratios, bits, accuracies = measure(model, dataset, seed=seed)
+    if block_length_of(model) == 1:
+        report("likelihood", "exact", bits, lengths=lengths)
     else:
-        report("NELBO", "bound", bits, "bits/byte", "the whole text, masked once", lengths)
+        report("NELBO", "bound", bits, lengths=lengths, ratios=ratios)
+    if model.sees_whole_texts:
+        if block_length_of(model):
+            lengths, ratios, bits, accuracies = measure(model, dataset, block_length=0, seed=seed)
+            report("NELBO, one block", "bound", bits, lengths=lengths, ratios=ratios)
         for end, some_bits, accuracy in by_mask_ratio(ratios, bits, accuracies):
-            report(f"cross-entropy at {end} %", "other", some_bits, "bits/byte", "masked bytes, by mask ratio")
-            report(f"accuracy at {end} %", "other", accuracy, "fraction", "masked bytes, the most probable byte")
+            report(f"cross-entropy at {end} %", "other", some_bits)
+            report(f"accuracy at {end} %", "other", accuracy)
     half, hole = length // 2, min(20, length // 2)
     left_to_right = exact_likelihood(model, x0)
-    mismatched = torch.cat([x0.roll(1, dims=0)[:, :half], x0[:, half:]], dim=1)[: num_chunks if num_chunks > 1 else 0]
-    about = f"{num_chunks} chunks of {length} bytes"
-    report("left to right", "exact", left_to_right.mean(dim=1), "bits/byte", f"{about}; as of autoregressive models")
-    report("continuation", "exact", left_to_right[:, half:].mean(dim=1), "bits/byte", "second halves of the chunks")
-    after_others = exact_likelihood(model, mismatched, start=half).mean(dim=1)
-    report("mismatched prompt", "exact", after_others, "bits/byte", "second halves after other first halves")
-    if not is_autoregressive(model):
-        by_confidence = exact_likelihood(model, x0, "most_confident_first").mean(dim=1)
-        report("most confident first", "exact", by_confidence, "bits/byte", about)
+    report("left to right", "exact", left_to_right.mean(dim=1))
+    if block_length_of(model) != 1:
+        report("most confident first", "exact", exact_likelihood(model, x0, "most_confident_first").mean(dim=1))
+    if model.sees_whole_texts:
         start = (length - hole) // 2
         holes = [[*x[:start], *[MASK] * hole, *x[start + hole :]] for x in x0.tolist()]
         for name, overrides in (("greedy", {"temperature": 0.0}), ("drawn", {})):
             is_right = (sample(holes, 0, **overrides) == x0)[:, start : start + hole].float().mean(dim=1)
-            report(f"infilling, {name}", "other", is_right, "fraction", f"restored bytes of {hole}-byte holes")
+            report(f"infilling, {name}", "other", is_right)
     for kind, prompts, text in (("free", [b""] * num_chunks, x0), ("prompted", x0[:, :half].tolist(), x0[:, half:])):
         num_bytes = text.shape[1]
         samples = sample(prompts, num_bytes)[:, -num_bytes:]
-        about = f"{num_chunks} {kind} samples of {num_bytes} bytes"
         if kind == "free":
             own, usual = exact_likelihood(model, samples).mean(dim=1), left_to_right.mean().item()
-            report("likelihood of own samples", "exact", own, "bits/byte", about, None, usual, own.mean() < 0.5 * usual)
+            report("likelihood of own samples", "exact", own, usual, own.mean() < 0.5 * usual)
         of_text = text_statistics([bytes(row) for row in text.tolist()], training_text)
         for name, value in text_statistics([bytes(row) for row in samples.tolist()], training_text).items():
-            unit = {"byte entropy": "bits", "longest match": "bytes"}.get(name, "fraction")
-            is_far_off = name in FAR_OFF and FAR_OFF[name](value, of_text[name])
-            report(f"{name}, {kind}", "other", value, unit, about, None, of_text[name], is_far_off)
+            is_far_off = name in FAR_OFF and value is not None and FAR_OFF[name](value, of_text[name])
+            report(f"{name}, {kind}", "other", value, of_text[name], is_far_off)
     return rows
 
 
 def as_table(rows):
     lines = [f"{'':<31}{'bound':<14}{'exact':<14}{'other':<14}{'of the text':<13}"]
     for row in rows:
-        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
-        number = "none" if row["value"] is None else f"{row['value']:.3f}{error}"
+        number = "none" if row["value"] is None else with_error(row["value"], row["standard_error"])
         cells = "".join(f"{number if row['kind'] == kind else '':<14}" for kind in ("bound", "exact", "other"))
         text = "" if row["text"] is None else f"{row['text']:.3f}" + " (far off)" * row["is_far_off"]
-        lines.append(f"{row['figure']:<31}{cells}{text:<17}{row['unit']}".rstrip())
+        lines.append(f"{row['figure']:<31}{cells}{text}".rstrip())
     return "\n".join(lines)
 
 
@@ -1118,39 +1270,43 @@ def file_size(path):
     return os.path.getsize(path)
 
 
+def what_it_looks_like(text):
+    """What a text may be against its owner's will, and how to convert it; None: plain UTF-8, or nearly."""
+    for magic, kind, command in ((b"\x1f\x8b", "gzip", "gunzip"), (b"PK\x03\x04", "a zip archive", "unzip")):
+        if text.startswith(magic):
+            return f"{kind} (unpack it with {command})"
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")) or text[:4096].count(0) > 0.3 * len(text[:4096]):
+        return "UTF-16 (convert it with iconv -f UTF-16 -t UTF-8)"
+    if text.decode(errors="replace").count("\ufffd") > 0.1 * len(text):
+        return "no UTF-8 (if it is text in another encoding, convert it with iconv -t UTF-8)"
+    return None
+
+
 STARTER_LINE = b"These little stories were made up by main.py. Put your own text in their place.\n\n"
 
 # Rules: names = alternatives. Names joined by / are chosen together: if the animal is a fox, its home is the forest.
 STARTER_GRAMMAR = """
-name/they/their/them = Mia/she/her/her | Lily/she/her/her | Anna/she/her/her | Rosa/she/her/her | Ella/she/her/her |
-    Tom/he/his/him | Ben/he/his/him | Max/he/his/him | Finn/he/his/him | Leo/he/his/him
+name/they/their = Mia/she/her | Lily/she/her | Anna/she/her | Tom/he/his | Ben/he/his | Max/he/his
 animal/home/food = fox/forest/berries | bear/cave/honey | mouse/barn/cheese | duck/lake/bread | frog/pond/flies |
-    rabbit/meadow/carrots | squirrel/park/nuts | cat/mill/fish | goat/valley/clover | hedgehog/garden/apples
-friend/species = Hugo/owl | Nora/crow | Clara/hen | Bruno/dog | Ida/swan | Emil/mole | Otto/toad | Greta/cow
-thing/deed = key/opened a tiny door in the wall | lamp/lit up the whole night | kite/flew higher than the clouds |
-    drum/made everybody dance | bell/rang until all came to listen | boat/carried them across the river |
-    map/showed the way to an island | rope/was long enough to reach the moon | book/was full of old songs
+    rabbit/meadow/carrots | cat/mill/fish | goat/valley/clover
+friend/species = Hugo/owl | Nora/crow | Clara/hen | Bruno/dog | Ida/swan | Otto/toad
+thing/deed = key/opened a tiny door | lamp/lit up the whole night | kite/flew above the clouds |
+    drum/made everybody dance | bell/rang until all came | boat/took them to an island | map/showed the way home
 trait = little | small | young | brave | shy | clever | kind | lazy | curious | cheerful
 color = red | blue | green | yellow | golden | silver | white | shiny
-where = under the bridge | behind the church | beside the road | in the tall grass | on top of the hill |
-    between two stones | near the river | in an empty house | at the end of the path
-day = day | morning | evening | summer day | rainy day | windy night | winter morning
-opening = Once upon a time there was a {trait} {animal} named {name} who lived in the {home}. |
-    Once there was a {trait} {animal}. {Their} name was {name}, and {their} home was the {home}.
-habit = {They} loved {food} more than anything else. | Every morning {they} looked for {food} and sang a song. |
-    All summer {they} slept in the sun and dreamed of {food}. | Everybody in the {home} knew {them}.
+where = under the bridge | behind the church | beside the road | in the tall grass | on the hill |
+    near the river | in an old house | under a stone
+day = day | morning | evening | summer day | rainy day | windy night
+opening = Once there was a {trait} {animal} named {name} who lived in the {home}. |
+    A {trait} {animal} named {name} lived in the {home}.
 find = One {day} {they} found a {color} {thing} {where}. |
     One {day} {name} saw something {where}. It was a {color} {thing}!
-show = {They} showed it to {friend} the {species}. "You may keep it," said {friend}. |
-    "Is this your {thing}?" {they} asked {friend} the {species}. "No, I have never seen it," said {friend}.
-lose = One {day} {they} lost {their} {color} {thing}. |
-    One {day} {their} {color} {thing} was gone. "Where is it?" cried {name}.
-seek = Then {friend} the {species} came by. "I saw your {thing} {where}," said {friend}. And there it was. |
-    {They} asked {friend} the {species} for help. Together they found the {thing} {where}.
-use = The {thing} {deed}. | To their surprise the {thing} {deed}!
-end = From that day on {name} and {friend} were best friends. | {name} went home happy and ate all the {food}. |
-    They shared the {food} and talked until they fell asleep. | "What a day!" said {name}, and {friend} laughed.
-story = {opening} {habit} {find} {show} {use} {end} | {opening} {habit} {lose} {seek} {use} {end}
+lose = One {day} {they} lost {their} {color} {thing}. {friend} the {species} found it {where}. |
+    One {day} {their} {color} {thing} was gone. It was {where}.
+use = The {thing} {deed}. | And the {thing} {deed}!
+end = {They} went home and ate all the {food}. | "What a day!" said {name}. | {They} told {friend} the {species}. |
+    {name} and {friend} the {species} became friends.
+story = {opening} {find} {use} {end} | {opening} {lose} {use} {end}
 """
 
 
@@ -1179,8 +1335,8 @@ def starter_corpus():
     def choose(alternatives):
         return alternatives[int(random.random() * len(alternatives))]  # random.choice may differ between Pythons
 
-    stories = [Story(choose)["story"] + "\n" for _ in range(2700)]
-    return [STARTER_LINE + "\n".join(part).encode() for part in (stories[:2450], stories[2450:])]
+    stories = [Story(choose)["story"] + "\n" for _ in range(5500)]
+    return [STARTER_LINE + "\n".join(part).encode() for part in (stories[:5000], stories[5000:])]
 
 
 def write_starter_corpus(config):
@@ -1195,8 +1351,18 @@ def write_starter_corpus(config):
     over_processes("max", [0])  # the other processes wait for the files
 
 
-def open_datasets(config):
-    """The (training, validation) datasets of a run; see CONFIG.validation_data_file."""
+def find_text(path, folder):
+    """The path itself or, if there is no such file here, the one in the folder that the run was started in."""
+    return path if folder is None or os.path.exists(path) else os.path.join(folder, path)
+
+
+def open_datasets(config, folder=None):
+    """The (training, validation) datasets of a run; see CONFIG.validation_data_file. Relative paths are looked for here
+    and then in `folder`."""
+    if folder is not None:
+        names = {name: getattr(config, name) for name in ("train_data_file", "validation_data_file")}
+        names = {name: path if path == "auto" else find_text(path, folder) for name, path in names.items()}
+        config = dataclasses.replace(config, **names)
     train_file, validation_file, split = config.train_data_file, config.validation_data_file, None
     if validation_file == "auto":
         validation_file = Path(train_file).parent / "validation.txt"
@@ -1205,6 +1371,9 @@ def open_datasets(config):
             say(f"no validation text of its own: the last 5 % of {train_file} are held out for validation")
     validation_set = ByteLevelTextDataset(validation_file, config.max_length, start=split or 0)
     train_set = ByteLevelTextDataset(train_file, config.max_length, stop=split)
+    for dataset in (train_set, validation_set):
+        if looks_like := what_it_looks_like(dataset.bytes[: 2**20].tobytes()):
+            say(f"warning: {dataset.path} looks like {looks_like}; it is used as it is, byte by byte")
     texts = train_set.bytes, validation_set.bytes
     if len(texts[0]) == len(texts[1]) and np.array_equal(texts[0][: 2**20], texts[1][: 2**20]):
         say(f"warning: {train_file} and {validation_file} are the same text; the bound says nothing new then")
@@ -1283,9 +1452,8 @@ class TrainingState:
     among it: each step seeds them anew from its number (see `derive_seed`)."""
 
     def __init__(self, config, checkpoint=None):
-        self.config, self.step, self.minutes, self.best_bound = config, 0, 0.0, math.inf
-        self.mask_ratio_mean = torch.tensor(LEAST_MEAN, device=config.device)
-        torch.manual_seed(config.seed)
+        self.config, self.step, self.minutes, self.best_bound, self.texts = config, 0, 0.0, math.inf, {}
+        torch.manual_seed(derive_seed(config.seed))  # a CPU's generator knows only the lowest 32 bits of a seed
         self.model = MaskPredictor(config).to(config.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)  # exponential moving average of the weights
         self.optimizers = build_optimizers(self.model, config)
@@ -1293,14 +1461,31 @@ class TrainingState:
         if checkpoint:
             self.load_state_dict(checkpoint)
 
+    def know_texts(self, train_set, validation_set):
+        """Note which texts the run is about; if they are others than so far there is no best bound to compare with."""
+        texts = {"training": train_set, "validation": validation_set}
+        for name, dataset in texts.items():
+            if self.texts.get(name, dataset.identity()) != dataset.identity():
+                say(
+                    f"warning: {dataset.path} is another {name} text than before; the best bound and best.pt begin anew"
+                )
+                self.best_bound = math.inf
+        self.texts = {name: dataset.identity() for name, dataset in texts.items()}
+
     def is_over(self):
         return self.step >= self.config.max_steps or 0 < self.config.max_minutes <= self.minutes
 
     def state_dict(self):
         parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "scaler")}
-        numbers = {name: getattr(self, name) for name in ("step", "minutes", "best_bound", "mask_ratio_mean")}
+        numbers = {name: getattr(self, name) for name in ("step", "minutes", "best_bound", "texts")}
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return {"config": dataclasses.asdict(self.config), **parts, **numbers, "optimizers": optimizers}
+        return {
+            "config": dataclasses.asdict(self.config),
+            "folder": os.getcwd(),
+            **parts,
+            **numbers,
+            "optimizers": optimizers,
+        }
 
     def load_state_dict(self, state):
         """Raises InputError if the state is that of another CONFIG."""
@@ -1311,9 +1496,8 @@ class TrainingState:
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})  # its settings: CONFIG's
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-            self.step, self.minutes = state["step"], state["minutes"]
-            self.mask_ratio_mean = state.get("mask_ratio_mean", self.mask_ratio_mean).to(self.config.device)
-            measured = ("train_data_file", "validation_data_file", "validation_bytes", "max_length", "objective")
+            self.step, self.minutes, self.texts = state["step"], state["minutes"], state.get("texts", {})
+            measured = ("train_data_file", "validation_data_file", "validation_bytes", "max_length", "block_length")
             if all(state["config"][name] == getattr(self.config, name) for name in measured):
                 self.best_bound = state["best_bound"]  # else there is nothing to compare it with
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1329,12 +1513,19 @@ def save_checkpoint(run_dir, name, state):
         return True
     path, temporary = run_dir / name, run_dir / f"{name}.tmp"
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)  # somebody may have renamed it
         with open(temporary, "wb") as file:
             torch.save(state.state_dict(), file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        return True
+        for seconds in (0.1, 0.5, 2.0, None):
+            try:
+                os.replace(temporary, path)
+                return True
+            except PermissionError:  # on Windows a virus scanner may hold the file for a moment
+                if seconds is None:
+                    raise
+                time.sleep(seconds)
     except (OSError, RuntimeError) as error:  # on a full disk torch.save raises a RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1361,19 +1552,26 @@ def read_checkpoint(path):
         raise InputError(f"{path}: not a readable checkpoint ({reason}){hint}") from None
 
 
+MODEL_FIELDS = ["model_dim", "num_layers", "num_heads", "kv_latent_dim", "ffn_dim", "conv_width", "block_length"]
+MODEL_FIELDS += ["attention", "qk_rope_head_dim", "rope_theta"]
+
+
 def saved_config(state, **overrides):
     """The CONFIG of a checkpoint. A field that this file no longer has is an InputError, a new one gets its default."""
     unknown = state["config"].keys() - {field.name for field in dataclasses.fields(CONFIG)}
     if unknown:
         raise InputError(f"the checkpoint has fields that CONFIG no longer has: {', '.join(sorted(unknown))}")
     saved, config = state["config"], CONFIG(**{**state["config"], **overrides})
+    for name in MODEL_FIELDS:
+        accepted = f"{saved[name]!r}, which the checkpoint's weights were made for"
+        require(getattr(config, name) == saved.get(name, getattr(config, name)), name, getattr(config, name), accepted)
     if config.device.split(":")[0] != str(saved.get("device")).split(":")[0]:  # elsewhere precision is chosen anew
         config = CONFIG(**{**saved, "amp_dtype": "auto", **overrides})
     return config
 
 
 def newest_run():
-    checkpoints = [*Path("runs").glob("*/latest.pt")]
+    checkpoints = [*Path("runs").glob("*/latest.pt"), *Path("runs").glob("*/best.pt")]
     if not checkpoints:
         raise InputError("runs: no run with a checkpoint in it; train one first with: python main.py")
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
@@ -1434,7 +1632,10 @@ class Writer:
         return lambda *args, **kwargs: self.writer and self.attempt(getattr(self.writer, name), *args, **kwargs)
 
 
-KIND = {"diffusion": "bound", "autoregressive": "exact likelihood"}  # of the likelihoods that are reported
+def kind_of(config):
+    return "exact likelihood" if config.block_length == 1 else "bound"  # of the likelihoods that are reported
+
+
 CUSTOM_SCALARS = {
     "bound": {"training and validation text": ["Multiline", ["train/bits_per_byte", "val/.*bits_per_byte"]]},
     "by mask ratio": {name: ["Multiline", [f"validation_{name}_by_mask_ratio/.*"]] for name in ("bits", "accuracy")},
@@ -1447,7 +1648,7 @@ class Log:
 
     def __init__(self, state, run_dir):
         self.state, self.config, self.run_dir, self.next_line = state, state.config, run_dir, 0.0
-        self.writer = Writer(run_dir, state.step + 1)
+        self.writer, self.losses = Writer(run_dir, state.step + 1), {}
         self.describe_run()
         is_hidden = rank() != 0 or not sys.stdout.isatty()
         self.bar = tqdm(total=self.config.max_steps, initial=state.step, file=sys.stdout, disable=is_hidden)
@@ -1475,6 +1676,11 @@ class Log:
         self.bar.close()
         self.writer.close()
 
+    def add(self, loss, n):
+        """Sum the losses since the last point, of steps in blocks of n; on the device, so no step waits for it."""
+        total, number = self.losses.get(n, (0.0, 0))
+        self.losses[n] = total + loss, number + 1
+
     def step(self, loss, norm):
         """Report a step from its loss and gradient norm, scalars on the device. TrainingError: they are not finite."""
         config, step, writer = self.config, self.state.step, self.writer
@@ -1488,12 +1694,14 @@ class Log:
         left = (config.max_steps - step) * seconds / steps
         left = min(left, max(0, 60 * (config.max_minutes - self.state.minutes))) if config.max_minutes else left
         learning_rate = self.state.optimizers[0].param_groups[0]["lr"]
-        writer.add_scalar("train/loss", loss, step)
+        means = {n: total.item() / number for n, (total, number) in self.losses.items()}
+        for n, mean in means.items():  # those of whole texts and of blocks differ
+            writer.add_scalar("train/loss" if n == config.block_length else "train/loss_of_whole_texts", mean, step)
+        self.losses = {}
         writer.add_scalar("train/learning_rate", learning_rate, step)
         writer.add_scalar("train/bytes_per_second", bytes_per_second, step)
         writer.add_scalar("train/gradient_norm", norm, step)
-        if config.mask_ratio_std and config.objective == "diffusion":
-            writer.add_scalar("train/mask_ratio_mean", self.state.mask_ratio_mean, step)
+        loss = means.get(config.block_length, loss)
         text = f"step {step:,}/{config.max_steps:,}  loss {loss:.3f}  lr {learning_rate:.1e}  "
         text += f"{bytes_per_second:,.0f} bytes/s  {tqdm.format_interval(left)} left"
         self.bar.update(step - self.bar.n)
@@ -1540,8 +1748,7 @@ def show_samples(state, validation_set, log, report):
         for title, text in ((title, bytes(tokens).decode(errors="replace")) for title, tokens in texts.items()):
             say(f"    {title:<6}  {text[-60:] if title == 'prompt' else text[:60]!r}")  # fits 80 columns
             report += as_code(title, text)
-    num_drafts = sum((x[0] == MASK).any().item() for x in steps)  # the others are revisions
-    for number in range(1, num_drafts, math.ceil(num_drafts / 4)):
+    for number in range(1, len(steps), math.ceil(len(steps) / 4)):
         title = f"the first sample after {number} of {len(steps) - 1} passes"
         report += as_code(title, show_masks(steps[number][0].tolist()))
     log.writer.add_text("samples", report, state.step)
@@ -1549,15 +1756,25 @@ def show_samples(state, validation_set, log, report):
         file.write(report)
 
 
+def check_writable(path):
+    """Raises InputError if the folder, or for a file the one it is in, does not let files be made in it."""
+    folder = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        why = "is no folder" if not folder.is_dir() else "does not let you write"
+        raise InputError(f"{path}: cannot be written, as {folder} {why}; change that, or start in another folder")
+
+
 def make_run_dir(config):
     if rank() != 0:
         return None
     run_dir = Path("runs") / f"{config.name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    while run_dir.exists():  # begun within the same second
-        run_dir = run_dir.with_name(run_dir.name + "_2")
-    run_dir.mkdir(parents=True)
-    (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    return run_dir
+    run_dir.parent.mkdir(exist_ok=True)
+    while True:
+        try:
+            run_dir.mkdir()
+            return run_dir
+        except FileExistsError:  # begun within the same second, perhaps by another process
+            run_dir = run_dir.with_name(run_dir.name + "_2")
 
 
 def as_code(title, text):
@@ -1571,8 +1788,14 @@ def show_masks(tokens):
 def printable(text):
     """Bytes as a terminal may show them: what is neither text nor white space becomes U+FFFD, and cannot control it."""
     text = text.decode(errors="replace").replace("\r", "")
-    is_shown = (c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" for c in text)  # Zs: any space
-    return "".join(c if shown else "\ufffd" for c, shown in zip(text, is_shown))
+    return "".join(c if is_harmless(c) else "\ufffd" for c in text)
+
+
+def is_harmless(c):
+    """Neither moves the cursor nor turns the direction of what follows. Cf: zero-width joiners, soft hyphens and the
+    like, which scripts and emoji need; Zs: any space."""
+    is_override = unicodedata.bidirectional(c) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    return c.isprintable() or c in "\n\t" or unicodedata.category(c) in ("Zs", "Cf") and not is_override
 
 
 class Progress:
@@ -1659,18 +1882,20 @@ def compile_loss(model, config):
     fails (no C++ compiler, Windows) one warning, and the function itself."""
     if not config.compile or config.device == "mps":  # compiling for Apple's GPUs is a prototype, at times wrong
         return masked_diffusion_loss
-    say("compiling the model, which takes up to a minute ...")
-    compiled, failure = torch.compile(masked_diffusion_loss, dynamic=False), None
+    say("compiling the model, which takes a minute or two ...")
+    failure = None
     try:
+        compiled = torch.compile(masked_diffusion_loss, dynamic=False)
         with warnings.catch_warnings(), model.no_sync() if dist.is_initialized() else nullcontext():
             warnings.filterwarnings("ignore", message="TensorFloat32")  # advice, no error
             x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
-            t, noise = draw_noise(*x0.shape, torch.Generator(config.device).manual_seed(0))
-            with autocast(config):
-                loss = compiled(model, x0, t, noise)
-            loss.backward()
+            for block_length in {block_length_of_step(config, step) for step in range(min(config.max_steps, 1000))}:
+                t, noise = draw_noise(*x0.shape, torch.Generator(config.device).manual_seed(0), block_length)
+                with autocast(config):
+                    loss = compiled(model, x0, t, noise)
+                loss.backward()
     except Exception as error:  # noqa: BLE001  whatever went wrong inside the compiler, training works without it
-        failure = type(error).__name__
+        failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     model.zero_grad()
     if not over_processes("max", [failure is not None]).item():
         return compiled
@@ -1678,10 +1903,29 @@ def compile_loss(model, config):
     return masked_diffusion_loss
 
 
+def check_compiler_cache():
+    """torch imports its compiler with its first optimizer, and fails there if it cannot make its cache folder."""
+    try:
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        print(f"warning: torch.compile does not work here ({error}); going on without it", file=sys.stderr)
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": os.getcwd(), "TORCH_COMPILE_DISABLE": "1"}
+
+
+def use_allowed_cpus(quota_file="/sys/fs/cgroup/cpu.max"):
+    """In a container that may use two of 64 cores torch would start 64 threads, which wait for each other."""
+    with suppress(OSError, ValueError):
+        quota, period = Path(quota_file).read_text().split()
+        if quota != "max":
+            torch.set_num_threads(min(torch.get_num_threads(), max(1, math.ceil(int(quota) / int(period)))))
+
+
 def claim_gpu(config):
     """Makes config.device, if it is a GPU, the one that torch takes by default; in a torchrun one for each process."""
     if config.device.startswith("cuda"):
-        if "RANK" in os.environ:
+        if is_distributed():
             number, found = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
             require(number < found, "nproc_per_node", number + 1, f"at most {found}, the GPUs of this machine")
             config.device = f"cuda:{number}"
@@ -1692,7 +1936,7 @@ def claim_gpu(config):
 def distributed_run(config):
     """Joins the processes of a torchrun; a plain `python main.py` passes through."""
     claim_gpu(config)
-    if "RANK" not in os.environ:
+    if not is_distributed():
         yield
         return
     on_cuda, has_failed = config.device.startswith("cuda"), True
@@ -1706,39 +1950,18 @@ def distributed_run(config):
             dist.destroy_process_group()
 
 
-def training_sizes(config):
-    """The fields that decide how much memory training takes, the most unusual first."""
-    usual, names = CONFIG(device="cpu"), ["batch_size", "max_length", "model_dim", "ffn_dim", "rope_max_length_buffer"]
-    names.sort(key=lambda name: -max(1, getattr(config, name) / getattr(usual, name)))
-    return {name: getattr(config, name) for name in names}
-
-
-@contextmanager
-def explained_errors(sizes):
-    """Says what to do about errors that torch raises in many forms: too little memory for `sizes`, another process that
-    is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        if isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|allocate memory|Storage size", reason):
-            listed = ", ".join(f"{name}={value}" for name, value in sizes.items())
-            raise TrainingError(f"out of memory with {listed}; lower the first, or any of them ({reason})") from None
-        if isinstance(error, dist.DistError) or "gloo" in reason:
-            raise TrainingError(f"another process is gone; go on with --resume auto ({reason})") from None
-        raise
-
-
 @contextmanager
 def stop_signals():
-    """A list that receives SIGINT or SIGTERM, so that training can end in order; a second signal ends it at once."""
+    """A list that receives SIGINT, SIGTERM or SIGHUP (a closed terminal), so that training can end in order; a second
+    signal ends it at once."""
     received = []
 
     def receive(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    before = {number: signal.signal(number, receive) for number in (getattr(signal, name) for name in names)}
     try:
         yield received
     finally:
@@ -1755,8 +1978,13 @@ def in_parallel(model):
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
+def is_distributed():
+    """Whether torchrun started this process; a RANK alone may be left over from anything."""
+    return all(os.environ.get(name, "").isdecimal() for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+
+
 def rank():
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if is_distributed() else 0
 
 
 def world_size():
@@ -1798,52 +2026,60 @@ def count_flops(function):
     return counter.get_total_flops()
 
 
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090": 165}  # published, dense bf16
+
+
 def profile(config):
     """Print the speed of training, its fraction of the rate of a large matrix product, its memory and where its time
     goes by PyTorch's profiler, whose trace is written. Returns 0."""
     from torch.utils.benchmark import Timer
 
+    check_writable(Path("runs"))
     write_starter_corpus(config)
     train_set, _ = open_datasets(config)
     state, on_cuda = TrainingState(config), config.device.startswith("cuda")
-    num_bytes = config.batch_size * config.max_length
-    t, noise = (part[: config.batch_size] for part in training_noise(state))
-    x0 = train_set.random_crops(config.seed, 0, slice(None), len(t)).to(config.device)
-    flops = len(t) * count_flops(lambda: masked_diffusion_loss(state.model, x0[:1], t[:1], noise[:1]).backward())
+    num_bytes, size = config.batch_size * config.max_length, 8192 if on_cuda else 1024
+    x0 = train_set.random_crops(config.seed, 0, slice(None), config.batch_size).to(config.device).long()
     loss_function = compile_loss(state.model, config)
+    matrix = torch.randn(size, size, device=config.device, dtype=AMP_DTYPES[config.amp_dtype])
+    tasks, flops = {"product": lambda: matrix @ matrix}, {}
 
-    def train_step():
+    def train_step(t, noise):
         with autocast(config):
             loss = loss_function(state.model, x0, t, noise)
         state.scaler.scale(loss).backward()
         optimizer_step(state)
 
-    size = 8192 if on_cuda else 1024
-    matrix = torch.randn(size, size, device=config.device, dtype=AMP_DTYPES[config.amp_dtype])
-    tasks = {"product": lambda: matrix @ matrix, "step": train_step}
+    for n in sorted({block_length_of_step(config, step) for step in range(1000)}):
+        t, noise = (part[: config.batch_size] for part in training_noise(state, n))
+        one_row = x0[:1], t[:1], noise[:1]
+        flops[n] = len(t) * count_flops(lambda row=one_row: masked_diffusion_loss(state.model, *row).backward())
+        tasks[n] = lambda t=t, noise=noise: train_step(t, noise)
     timers = [Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads()) for task in tasks.values()]
     times = [[timer.timeit(1).mean for timer in timers] for _ in range(25)][5:]  # in turn; the first five warm up
-    product_seconds, seconds = np.median(times, axis=0)
-    rate, ceiling = flops / seconds, 2 * size**3 / product_seconds
+    seconds = dict(zip(tasks, np.median(times, axis=0)))
+    ceiling = 2 * size**3 / seconds["product"]
     shape = f"{config.num_layers} x {config.model_dim}"
-    print(f"{config.device} {config.amp_dtype}, {shape}, {num_bytes:,} bytes per step of one micro-batch")
-    print(f"speed    {num_bytes / seconds:,.0f} bytes/s, {seconds * 1e3:,.1f} ms per step, median of {len(times)}")
-    print(f"compute  {rate / 1e9:,.1f} GFLOP/s, {rate / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large matrix product")
+    print(f"{config.device} {config.amp_dtype}, {shape}, {num_bytes:,} bytes per step of one micro-batch; medians")
+    gpu = torch.cuda.get_device_name(config.device) if on_cuda else ""
+    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu and config.amp_dtype == "bf16"), None)
+    for n, of_step in flops.items():
+        kind, rate = f"blocks of {n}" if n else "whole texts", of_step / seconds[n]
+        of_peak = f", {rate / peak / 1e12:.0%} of the published peak" if peak else ""
+        print(f"{kind:<12} {num_bytes / seconds[n]:,.0f} bytes/s, {seconds[n] * 1e3:,.1f} ms per step, ", end="")
+        print(f"{rate / 1e9:,.1f} GFLOP/s, {rate / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large product{of_peak}")
     if on_cuda:
-        del matrix, tasks, timers  # are not the training's
+        del matrix, timers, tasks["product"]  # are not the training's
         torch.cuda.reset_peak_memory_stats()
-        train_step()
-        print(f"memory   {torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB at the peak, activations included")
+        train_step(t, noise)
+        print(f"memory       {torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB at the peak, activations included")
     with torch.profiler.profile() as profiler:
-        train_step()
+        train_step(t, noise)
     run_dir = make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}"))
     profiler.export_chrome_trace(str(run_dir / "trace.json"))
-    print("milliseconds in one step: with all that is called from there, without it, name")
-    kind = "device" if on_cuda else "cpu"
-    for event in sorted(profiler.key_averages(), key=lambda event: -getattr(event, f"{kind}_time_total"))[:25]:
-        total, own = (getattr(event, f"{name}{kind}_time_total") / 1e3 for name in ("", "self_"))
-        print(f"{total:10.2f} {own:10.2f}  {event.key[:60]}")
-    print(f"trace    {run_dir / 'trace.json'} (open it in ui.perfetto.dev)")
+    order = f"{'device' if on_cuda else 'cpu'}_time_total"
+    print(profiler.key_averages().table(order, row_limit=20, max_name_column_width=40))
+    print(f"trace        {run_dir / 'trace.json'} (open it in ui.perfetto.dev)")
     return 0
 
 
@@ -1873,47 +2109,35 @@ def resolve_defaults(config):
         config.amp_dtype = "bf16" if has_bf16 else "fp16" if on_cuda else "fp32"
 
 
-STRATEGIES = ("random", "entropy", "low_confidence", "threshold")
-MAY_BE_0 = "conv_width mask_ratio_std muon_learning_rate weight_decay warmup_steps max_minutes temperature ema_decay "
-MAY_BE_0 += "seed inference_steps dropout revision_sweeps guidance_scale block_length cache_refresh num_samples"
+STRATEGIES = ("auto", "left_to_right", "random", "entropy", "low_confidence", "threshold")
+POSITIVE = "model_dim num_layers num_heads kv_latent_dim ffn_dim max_length batch_size learning_rate max_steps top_p "
+POSITIVE += "validation_bytes validate_every checkpoint_every log_every qk_rope_head_dim rope_theta gradient_clip_val "
+POSITIVE += "rope_max_length_buffer gradient_accumulation_steps confidence_threshold block_mask_power"
 
 
-def one_of(*choices):
-    return lambda v, c: v in choices, "one of " + ", ".join(choices)
-
-
-CHECKS = {  # field: (what holds for its value v and CONFIG c, what the field must be)
-    "num_heads": (lambda v, c: c.model_dim % (2 * v) == 0, "so that model_dim={c.model_dim} / num_heads is even"),
-    "max_length": (
-        lambda v, c: v <= c.rope_max_length_buffer,
-        "at most rope_max_length_buffer={c.rope_max_length_buffer}",
-    ),
-    "conv_width": (lambda v, c: v % 2 or not v, "odd, to be centred, or 0"),
-    "qk_rope_head_dim": (
-        lambda v, c: c.attention != "mla" or v % 2 == 0 and v < c.model_dim // c.num_heads,
-        "even, and below model_dim={c.model_dim} / num_heads={c.num_heads}",
-    ),
-    "dropout": (lambda v, c: v < 1, "at least 0 and below 1"),
-    "ema_decay": (lambda v, c: v < 1, "at least 0 and below 1"),
-    "top_p": (lambda v, c: v <= 1, "above 0 and at most 1"),
-    "temperature": (lambda v, c: not 0 < v < 1e-3, "0, or at least 0.001"),
-    "name": (lambda v, c: re.fullmatch(r"[^/\\]+", v) and v.isprintable(), "a plain folder name without slashes"),
-    "objective": one_of("diffusion", "autoregressive"),
-    "attention": one_of(*ATTENTIONS),
-    "remasking": one_of(*STRATEGIES),
-    "amp_dtype": one_of(*AMP_DTYPES),
-}
-
-
-def check_config(config):
-    for name, value in vars(config).items():
+def check_config(c):
+    for name, value in vars(c).items():
         if type(value) in (int, float):
-            may_be_0, most = name in MAY_BE_0.split(), 2**63 - 1 if name == "seed" else 10**9
-            require(value > 0 or value == 0 and may_be_0, name, value, "0 or more" if may_be_0 else "above 0")
+            most, is_positive = 2**63 - 1 if name == "seed" else 10**9, name in POSITIVE.split()
+            require(value > 0 or value == 0 and not is_positive, name, value, "above 0" if is_positive else "0 or more")
             require(value <= most, name, value, f"at most {most:,}")
-        if name in CHECKS:
-            holds, accepted = CHECKS[name]
-            require(holds(value, config), name, value, accepted.format(c=config))
+    choices = {"attention": ATTENTIONS, "remasking": STRATEGIES, "amp_dtype": AMP_DTYPES}
+    for name, values in choices.items():
+        require(getattr(c, name) in values, name, getattr(c, name), "one of " + ", ".join(values))
+    D, H, R = c.model_dim, c.num_heads, c.qk_rope_head_dim
+    require(D % (2 * H) == 0, "num_heads", H, f"so that model_dim={D} / num_heads is even")
+    fits = c.attention != "mla" or R % 2 == 0 and R < D // H
+    require(fits, "qk_rope_head_dim", R, f"even, and below model_dim={D} / num_heads={H}")
+    longest = c.rope_max_length_buffer
+    require(c.max_length <= longest, "max_length", c.max_length, f"at most rope_max_length_buffer={longest}")
+    require(c.conv_width % 2 or not c.conv_width, "conv_width", c.conv_width, "odd, to be centred, or 0")
+    require(c.dropout < 1, "dropout", c.dropout, "at least 0 and below 1")
+    require(c.ema_decay < 1, "ema_decay", c.ema_decay, "at least 0 and below 1")
+    require(c.whole_text_share <= 1, "whole_text_share", c.whole_text_share, "at most 1")
+    require(c.top_p <= 1, "top_p", c.top_p, "above 0 and at most 1")
+    require(not 0 < c.temperature < 1e-3, "temperature", c.temperature, "0, or at least 0.001")
+    is_name = re.fullmatch(r"[^/\\]+", c.name) and c.name.isprintable()
+    require(is_name, "name", c.name, "a plain folder name without slashes")
 
 
 def require(condition, name, value, accepted):
@@ -1928,10 +2152,10 @@ class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose complaints are one line."""
 
     def error(self, message):
-        known = [*self._option_string_actions, *COMMANDS]
-        unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message)
-        close = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
-        raise InputError(f"{message}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+        dash = re.match("argument (--[a-z_]+).*: expected one argument", message)
+        raise InputError(
+            f"{message}; " + (f"a value that begins with - is written {dash[1]}=-..." if dash else "see --help")
+        )
 
 
 def new_parser(command, description):
@@ -1939,9 +2163,10 @@ def new_parser(command, description):
 
 
 def parse_bool(text):
-    if text.lower() not in ("true", "false"):
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+    return words[text.lower()]
 
 
 def add_config_flags(parser, only=None):
@@ -1954,7 +2179,18 @@ def add_config_flags(parser, only=None):
             default = default if only is None or field.name == "device" else "that of the run"
             options = {"type": parse_bool if field.type is bool else field.type, "metavar": field.type.__name__.upper()}
             options["help"] = f"{comments.get(field.name, '')} (default: {default})".replace("%", "%%")
-            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)  # only given flags override
+            options["default"] = argparse.SUPPRESS  # only given flags override
+            if field.type is bool:  # --compile, --compile false, --no-compile
+                parser.add_argument(
+                    f"--no-{field.name}",
+                    f"--no_{field.name}",
+                    dest=field.name,
+                    action="store_false",
+                    default=argparse.SUPPRESS,
+                    help=argparse.SUPPRESS,
+                )
+                options |= {"nargs": "?", "const": True}
+            parser.add_argument(f"--{field.name}", **options)
 
 
 def train_command(argv):
@@ -1965,93 +2201,113 @@ def train_command(argv):
     run_dir, checkpoint = overrides.pop("resume"), None
     if run_dir is not None:
         path = newest_run() if run_dir == "auto" else Path(run_dir)
-        path = path / "latest.pt" if path.is_dir() else path
+        names = [name for name in ("latest.pt", "best.pt") if (path / name).exists()] or ["latest.pt"]
+        path = path / names[0] if path.is_dir() else path
         run_dir, checkpoint = path.parent, read_checkpoint(path)
     config = saved_config(checkpoint, **overrides) if checkpoint else CONFIG(**overrides)
-    with explained_errors(training_sizes(config)), distributed_run(config):
+    with distributed_run(config):
         return train(config, run_dir, checkpoint)
 
 
 def load_for_command(parser, fields, argv):
-    """The parsed arguments, the model of --checkpoint, its CONFIG with the other flags put into it, the checkpoint's
-    path and its step."""
+    """The parsed arguments, the model of --checkpoint, its CONFIG with the other flags put into it, the path
+    and the checkpoint."""
     parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or a run's folder (default: the newest run)")
     add_config_flags(parser, fields)
     arguments = parser.parse_args(argv)
     path = newest_run() if arguments.checkpoint is None else Path(arguments.checkpoint)
     model, config, state = load_checkpoint(path, getattr(arguments, "device", "auto"))
     overrides = {name: value for name, value in vars(arguments).items() if name in fields}
-    return arguments, model, dataclasses.replace(config, **overrides), path, state["step"]
+    return arguments, model, dataclasses.replace(config, **overrides), path, state
 
 
 SAMPLING = [field.name for field in dataclasses.fields(CONFIG)]
-SAMPLING = SAMPLING[SAMPLING.index("remasking") : SAMPLING.index("num_samples")]
+SAMPLING = ["block_length", *SAMPLING[SAMPLING.index("remasking") : SAMPLING.index("num_samples")]]
 
 
 def generate_command(argv):
     fields = [*SAMPLING, "seed", "device"]
     parser = new_parser("generate", "Write text after a prompt, before a suffix, or into holes.")
-    about = "text to continue; {12} in it is a hole of 12 bytes (default: an empty line, so that a paragraph begins)"
-    parser.add_argument("--prompt", default="\n\n", help=about)
+    about = (
+        "text to continue; {12} in it is a hole of 12 bytes, {{ and }} are braces (default: what follows an empty line)"
+    )
+    parser.add_argument("--prompt", help=about)
     parser.add_argument("--suffix", default="", help="text to lead up to, which may have such holes, too")
     parser.add_argument("--response_length", type=int, help="bytes to write (default: up to max_length; 0 with holes)")
+    about = r"end with this text, such as \n for a line (default: without a prompt an empty line, else nothing)"
+    parser.add_argument("--until", metavar="TEXT", help=about)
     parser.add_argument("--samples", type=int, default=1, help="how many, in one batch, with seeds from --seed on")
     parser.add_argument("--watch", action="store_true", help="show the text emerge, pass by pass, in a terminal")
     parser.add_argument("--save", metavar="FILE.svg", help="save this as an animation for a browser or a README")
-    arguments, model, config, path, step = load_for_command(parser, fields, argv)
+    arguments, model, config, path, state = load_for_command(parser, fields, argv)
     require(0 < arguments.samples <= 4096, "samples", arguments.samples, "1 to 4096")
     require((arguments.save or ".svg").endswith(".svg"), "save", arguments.save, "the name of a file that ends in .svg")
-    prompt, suffix = holes_to_masks(arguments.prompt), holes_to_masks(arguments.suffix)
+    is_free = arguments.prompt is None and not arguments.suffix
+    prompt = holes_to_masks("\n\n" if arguments.prompt is None else arguments.prompt)
+    suffix, until = holes_to_masks(arguments.suffix), arguments.until
+    until = "\n\n" if until is None and is_free else (until or "").replace("\\n", "\n").replace("\\t", "\t")
     given, length = prompt + suffix, arguments.response_length
     if length is None:
         length = 0 if MASK in given else config.max_length - len(given)
         accepted = f"below max_length={config.max_length}, or give --response_length"
         require(length > 0 or MASK in given, "prompt", f"{len(given)} bytes", accepted)
+    if arguments.save:
+        check_writable(Path(arguments.save).parent)
     prompts, progress = [prompt] * arguments.samples, Progress(arguments.watch, bool(arguments.save))
-    with explained_errors({"samples": arguments.samples, "response_length": length}):
-        samples = run_conditional_diffusion_inference(model, prompts, length, config, suffix, on_step=progress)
+    samples = run_conditional_diffusion_inference(
+        model, prompts, length, config, suffix, on_step=progress, until=os.fsencode(until)
+    )
     for number, text in enumerate(samples):
+        text = text.removeprefix("\n\n").removesuffix("\n\n") if is_free else text
         if arguments.samples > 1:
             print(f"--- seed {config.seed + number}")
         print(printable(text.encode()) if sys.stdout.isatty() else text)
     if arguments.save:
         Path(arguments.save).write_text(denoising_svg(progress.steps), encoding="utf-8")
-    print(f"({path}, step {step:,})", file=sys.stderr)
+    print(f"({path}, step {state['step']:,})", file=sys.stderr)
     return 0
 
 
 def holes_to_masks(text):
-    """The text a{3}b becomes [97, MASK, MASK, MASK, 98]."""
-    parts = re.split(r"\{([1-9][0-9]{0,5})\}", text)  # text and lengths of holes in turn
-    return [token for i, part in enumerate(parts) for token in ([MASK] * int(part) if i % 2 else os.fsencode(part))]
+    """The text a{3}b becomes [97, MASK, MASK, MASK, 98]; {{ and }} stand for braces."""
+    tokens = []
+    for literal, hole in re.findall(r"(\{\{|\}\}|[^{]|\{(?![1-9][0-9]{0,5}\}))|\{([0-9]+)\}", text, re.DOTALL):
+        tokens += [MASK] * int(hole) if hole else os.fsencode({"{{": "{", "}}": "}"}.get(literal, literal))
+    return tokens
 
 
 MEMORIZED_BYTES = 2**24  # samples are compared with so much of the training text
 
 
 def evaluate_command(argv):
-    sampling = [name for name in SAMPLING if name != "guidance_scale"]  # it needs prompts, which free samples have not
-    fields = [*sampling, "train_data_file", "validation_data_file", "max_length", "device"]
+    fields = [*SAMPLING, "train_data_file", "validation_data_file", "max_length", "device"]
     parser = new_parser("evaluate", "Likelihoods, infilling and samples of a model, with their errors.")
     parser.add_argument("--file", metavar="TEXT", help="another text to evaluate on")
     parser.add_argument("--chunks", type=int, default=16, help="chunks, holes and samples of each figure but the bound")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--seed", type=int, default=0, help="of masks and samples (default: 0)")
-    arguments, model, config, path, step = load_for_command(parser, fields, argv)
+    arguments, model, config, path, state = load_for_command(parser, fields, argv)
     require(1 < arguments.chunks <= 4096, "chunks", arguments.chunks, "2 to 4096")
     require(0 <= arguments.seed < 2**63, "seed", arguments.seed, "0 to 2^63 - 1")
+    training_text = None
     with redirect_stdout(sys.stderr):  # notices; the standard output is for the figures
-        train_set, dataset = open_datasets(config)
-        writer = Writer(path.parent if path.is_file() else path)
-    if arguments.file is not None:
-        dataset = ByteLevelTextDataset(arguments.file, config.max_length)
-    training_text = train_set.bytes[:MEMORIZED_BYTES].tobytes()
-    with explained_errors({"chunks": arguments.chunks, "max_length": config.max_length}):
-        rows = evaluate(model, config, dataset, training_text, arguments.chunks, arguments.seed)
+        if arguments.file is not None:
+            dataset = ByteLevelTextDataset(arguments.file, config.max_length)
+        try:
+            train_set, own_dataset = open_datasets(config, state.get("folder"))
+            training_text = train_set.bytes[:MEMORIZED_BYTES].tobytes()
+            if state.get("texts", {}).get("training", train_set.identity()) != train_set.identity():
+                say(f"warning: {train_set.path} is not the text that this model was trained on")
+        except InputError as error:
+            if arguments.file is None:
+                raise InputError(
+                    f"{error} (looked for here and in {state.get('folder')}), or give --file TEXT"
+                ) from None
+            say(f"notice: {error}; known words and copied text cannot be told without the training text")
+        dataset = own_dataset if arguments.file is None else dataset
+    rows = evaluate(model, config, dataset, training_text, arguments.chunks, arguments.seed)
     print(json.dumps(rows, indent=2) if arguments.json else as_table(rows))
-    writer.add_text("val/evaluate", as_code(printable(os.fsencode(dataset.path)), as_table(rows)), step)
-    writer.close()
-    print(f"({path}, step {step:,}, {dataset.path}, {len(dataset.bytes):,} bytes)", file=sys.stderr)
+    print(f"({path}, step {state['step']:,}, {dataset.path}, {len(dataset.bytes):,} bytes)", file=sys.stderr)
     return 0
 
 
@@ -2059,11 +2315,10 @@ def profile_command(argv):
     parser = new_parser("profile", "How fast a training step is, and where its time goes.")
     add_config_flags(parser)
     config = CONFIG(**vars(parser.parse_args(argv)))
-    if "RANK" in os.environ:
+    if is_distributed():
         raise InputError("profile measures one process; run it without torchrun")
     claim_gpu(config)
-    with explained_errors(training_sizes(config)):
-        return profile(config)
+    return profile(config)
 
 
 COMMANDS = {
@@ -2077,15 +2332,27 @@ COMMANDS = {
 def main(argv=None):
     """Run the command line `argv` (default: sys.argv). Returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  the shell's >&- closes it
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a console that is not UTF-8 shows what it can
+        is_console = sys.stdout.isatty()  # one that is not UTF-8 shows what it can; a file or pipe loses nothing
+        sys.stdout.reconfigure(encoding=None if is_console else "utf-8", errors="replace")
+    use_allowed_cpus()
+    check_compiler_cache()
     command, rest = (COMMANDS[argv[0]], argv[1:]) if argv and argv[0] in COMMANDS else (train_command, argv)
     try:
         return command(rest)
-    except (InputError, TrainingError, OSError, torch.OutOfMemoryError) as error:
+    except (InputError, TrainingError, OSError, dist.DistError) as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever was typed
         return 2 if isinstance(error, InputError) else 1
+    except RuntimeError as error:  # torch has no kinds of errors for these on a CPU
+        reason = str(error).partition("\n")[0]
+        is_memory = isinstance(error, torch.OutOfMemoryError) or re.search("allocate memory|Storage size", reason)
+        if not is_memory and not (is_distributed() and "by peer" in reason):
+            raise
+        what = "out of memory; lower batch_size or max_length" if is_memory else "another process is gone; use --resume"
+        print(f"error: {what} ({reason})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before or after the training loop, which catches the signal itself
         return 130
 

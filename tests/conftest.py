@@ -24,9 +24,10 @@ TINY = {
     "batch_size": 8,
     "device": "cpu",
     "compile": False,
+    "block_length": 0,
 }
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-TINY_FLAGS = [f"--{name}={str(value).lower()}" for name, value in TINY.items()]
+TINY_FLAGS = [f"--{name}={str(value).lower()}" for name, value in TINY.items() if name != "block_length"]
 
 
 def random_model(config, seed=0):
@@ -42,6 +43,8 @@ def random_model(config, seed=0):
 class KnownJoint(torch.nn.Module):
     """Stands for a perfect model of three bytes that are 0 or 1 with a known joint distribution: exact conditionals."""
 
+    block_length, sees_whole_texts = 0, True
+
     def __init__(self):
         super().__init__()
         self.joint = torch.tensor([0.20, 0.05, 0.02, 0.13, 0.08, 0.22, 0.25, 0.05]).view(2, 2, 2)
@@ -51,7 +54,7 @@ class KnownJoint(torch.nn.Module):
     def forward(self, tokens):
         return self.output(self.hidden(tokens))
 
-    def hidden(self, tokens, attention_mask=None, cache=None):
+    def hidden(self, tokens, attention_mask=None, block_length=0):
         logits = torch.full((*tokens.shape, 256), -100.0)
         for row, sequence in enumerate(tokens.tolist()):
             index = tuple(slice(None) if token == main.MASK else slice(token, token + 1) for token in sequence)
@@ -59,7 +62,7 @@ class KnownJoint(torch.nn.Module):
                 if token == main.MASK:
                     others = [j for j in range(3) if j != i]
                     logits[row, i, :2] = self.joint[index].sum(dim=others).log()
-        return logits if cache is None else logits[:, cache.span]
+        return logits
 
 
 def fill(model, prompts, config, seed=None, on_step=None):
@@ -73,6 +76,15 @@ def fill(model, prompts, config, seed=None, on_step=None):
 
     main.run_conditional_diffusion_inference(model, prompts, 0, config, seed=seed, on_step=note)
     return [bytes(token for token in row if token != main.PAD) for row in seen[-1].tolist()]
+
+
+def count_passes(model, text, config):
+    """The number of positions that each pass of the sampler computes."""
+    sizes = []
+    handle = model.layers[0].register_forward_pre_hook(lambda _, arguments: sizes.append(arguments[0].shape[1]))
+    fill(model, [text], config)
+    handle.remove()
+    return sizes
 
 
 @pytest.fixture

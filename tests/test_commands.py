@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_FLAGS, needs_gpu, read_events, read_scalars, run_main, train_tiny
+from conftest import ROOT, TINY, TINY_FLAGS, needs_gpu, run_main, train_tiny
 
 import main
 
@@ -52,8 +52,8 @@ def test_a_text_of_ones_own_is_held_out_from_and_left_alone(tmp_path):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        (["--model_dmi", "64"], "unrecognized arguments: --model_dmi 64; did you mean --model_dim?"),
-        (["genrate"], "unrecognized arguments: genrate; did you mean generate?"),
+        (["--model_dmi", "64"], "unrecognized arguments: --model_dmi 64; see --help"),
+        (["genrate"], "unrecognized arguments: genrate; see --help"),
         (["--max_steps", "many"], "max_steps"),
         (["--max_steps", "0"], "max_steps=0 is not possible: it must be above 0"),
         (["--compile", "maybe"], "compile"),
@@ -62,7 +62,7 @@ def test_a_text_of_ones_own_is_held_out_from_and_left_alone(tmp_path):
         (["--max_length", "5000"], "max_length=5000 is not possible: it must be at most rope_max_length_buffer=4096"),
         (
             ["--remasking", "magic"],
-            "remasking='magic' is not possible: it must be one of random, entropy, low_confidence",
+            "remasking='magic' is not possible: it must be one of auto, left_to_right, random",
         ),
         (["--dropout", "1"], "dropout=1.0"),
         (["--device", "tpu"], "device='tpu'"),
@@ -75,7 +75,7 @@ def test_a_text_of_ones_own_is_held_out_from_and_left_alone(tmp_path):
         (["--resume", "nowhere"], "nowhere"),
         (["generate", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
         (["generate"], "train one first"),
-        (["generate", "--temprature", "1"], "did you mean --temperature?"),
+        (["generate", "--temprature", "1"], "--temprature"),
         (["evaluate", "--checkpoint", "."], "latest.pt"),
     ],
 )
@@ -135,7 +135,7 @@ def test_help_explains_every_field(capsys):
     assert stop.value.code == 0
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     for field in dataclasses.fields(main.CONFIG):
-        assert re.search(rf"--{field.name} [A-Z]+ (?:(?!\(default).){{10,}}\(default: ", text), field.name
+        assert re.search(rf"--{field.name} \[?[A-Z]+\]? (?:(?!\(default).){{10,}}\(default: ", text), field.name
 
 
 def test_every_field_can_be_set_by_its_flag():
@@ -173,7 +173,7 @@ def test_generate_continues_a_prompt_and_fills_a_hole(trained):
     again = run_main(folder, "generate", "--prompt", "to be", "--response_length", "6", "--suffix", " be.")
     assert again.stdout == done.stdout
     unprompted = run_main(folder, "generate", "--checkpoint", str(run_dir), "--seed", "3").stdout
-    assert unprompted.startswith("\n\n")
+    assert not unprompted.startswith("\n\n"), "the empty line it follows is not printed"
     assert run_main(folder, "generate", "--prompt", "", "--seed", "3").stdout != unprompted
 
 
@@ -188,7 +188,6 @@ def test_generate_refuses_what_does_not_fit(trained):
     [
         (["--samples", "0"], "samples=0"),
         (["--prompt", "x" * 16], "prompt='16 bytes'"),
-        (["--prompt", "", "--guidance_scale", "1"], "guidance_scale=1.0"),
         (["--top_p", "1.5"], "top_p=1.5"),
         (["--response_length", "-3"], "response_length=-3"),
     ],
@@ -233,7 +232,7 @@ def test_evaluate_prints_the_same_table_for_the_same_seed_and_keeps_bound_and_ex
         "most confident first",
         "infilling, greedy",
         "known words, free",
-        "longest match, prompted",
+        "copied, prompted",
     } <= values.keys()
     refused = run_main(folder, "evaluate", "--seed", "-1")
     assert refused.returncode == 2
@@ -242,13 +241,7 @@ def test_evaluate_prints_the_same_table_for_the_same_seed_and_keeps_bound_and_ex
     torch.save(main.read_checkpoint(run_dir / "latest.pt") | {"step": 2}, early)
     options = ["--chunks", "3", "--max_length", "8", "--file", "train.txt", "--json", "--checkpoint", str(early)]
     other = run_main(folder, "evaluate", *options)
-    tables = read_events(run_dir).Tensors("val/evaluate/text_summary")
-    assert [e.step for e in tables] == [5, 5, 2]
-    assert f"{bound:.3f}" in tables[0].tensor_proto.string_val[0].decode()
-    assert 5 in read_scalars(run_dir)["val/bits_per_byte"]  # evaluating an early step hides nothing of what came later
     assert json.loads(other.stdout)[0]["value"] != bound
-    (infilling,) = [row for row in json.loads(other.stdout) if row["figure"] == "infilling, greedy"]
-    assert infilling["about"] == "restored bytes of 4-byte holes"
 
 
 def test_evaluate_prints_nothing_but_json_where_the_validation_text_is_held_out(tmp_path, monkeypatch, capsys):
@@ -273,13 +266,12 @@ def test_evaluate_prints_its_figures_where_it_may_not_write(tmp_path, monkeypatc
     assert main.main(["evaluate", "--json", "--chunks=2"]) == 0
     output = capsys.readouterr()
     assert json.loads(output.out)[0]["figure"] == "NELBO"
-    assert "TensorBoard's log cannot be written (Permission denied)" in output.err
 
 
 @needs_gpu
-@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
-def test_a_gpu_trains_evaluates_and_generates(text_folder, monkeypatch, capsys, objective):
-    train_tiny(text_folder, "--device=cuda", "--max_steps=2", f"--objective={objective}")
+@pytest.mark.parametrize("block_length", [0, 1, 4])
+def test_a_gpu_trains_evaluates_and_generates(text_folder, monkeypatch, capsys, block_length):
+    train_tiny(text_folder, "--device=cuda", "--max_steps=2", f"--block_length={block_length}")
     monkeypatch.chdir(text_folder)
     assert main.main(["evaluate", "--chunks=2", "--device=cuda"]) == 0
     assert main.main(["generate", "--prompt=to be", "--device=cuda"]) == 0
@@ -290,11 +282,10 @@ def test_a_gpu_trains_evaluates_and_generates(text_folder, monkeypatch, capsys, 
 def test_profile_reports_speed_fraction_of_the_ceiling_and_where_the_time_goes(text_folder, conv_width):
     done = run_main(text_folder, "profile", *TINY_FLAGS, f"--conv_width={conv_width}")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"speed    [\d,]+ bytes/s", done.stdout)
-    assert re.search(r"compute  [\d.,]+ GFLOP/s, \d+% of", done.stdout)
+    for kind in ("blocks of 4", "whole texts"):
+        assert re.search(kind + r" +[\d,]+ bytes/s, .* GFLOP/s, \d+% of", done.stdout)
     for part in ("Optimizer.step", "aten::", "Backward"):
         assert part in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100
     (trace,) = text_folder.glob("runs/*/trace.json")
     assert json.loads(trace.read_text())["traceEvents"]
 
@@ -312,7 +303,7 @@ def test_the_flop_count_is_the_usual_formula(attention):
 
 
 def test_profile_of_several_processes_is_refused(text_folder):
-    done = run_main(text_folder, "profile", *TINY_FLAGS, RANK="0", WORLD_SIZE="2")
+    done = run_main(text_folder, "profile", *TINY_FLAGS, RANK="0", WORLD_SIZE="2", MASTER_PORT="1")
     assert "without torchrun" in one_line_error(done)
 
 
@@ -340,7 +331,7 @@ def test_the_special_ids_are_those_of_the_design():
 
 
 def test_the_saved_picture_shows_in_each_frame_what_the_sampler_had_then(model, config):
-    config = dataclasses.replace(config, block_length=4, temperature=5.0, revision_sweeps=2)
+    config = dataclasses.replace(config, block_length=4, temperature=5.0)
     progress = main.Progress(keeps_all=True)
     main.run_conditional_diffusion_inference(model, ["<b>x", "to &"], 12, config, on_step=progress)
     steps = [x.clamp(min=32, max=126).where(x != main.MASK, x) for x in progress.steps]  # one letter for each byte

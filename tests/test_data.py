@@ -134,7 +134,7 @@ def test_a_starter_story_keeps_to_its_hero_from_the_first_sentence_to_the_last()
     homes = {"frog": "pond", "bear": "cave", "fox": "forest", "cat": "mill"}
     foods = {"frog": "flies", "bear": "honey", "fox": "berries", "cat": "fish"}
     story = main.Story(lambda alternatives: alternatives[0])
-    assert story["opening"] == "Once upon a time there was a little fox named Mia who lived in the forest."
+    assert story["opening"] == "Once there was a little fox named Mia who lived in the forest."
     assert story["They"] == "She"
     for story in main.starter_corpus()[1].decode().strip().split("\n\n")[1:]:
         heroes = set(homes) & set(story.split(".")[0].split())
@@ -142,11 +142,11 @@ def test_a_starter_story_keeps_to_its_hero_from_the_first_sentence_to_the_last()
             assert homes[hero] in story
             assert not (set(foods.values()) - {foods[hero]}) & set(re.findall(r"\w+", story))
         assert (" she " in story) + (" he " in story) < 2
-        assert len(set(re.findall(r"(Hugo|Nora|Clara|Bruno|Ida|Emil|Otto|Greta)", story))) == 1
+        assert len(set(re.findall(r"(Hugo|Nora|Clara|Bruno|Ida|Emil|Otto|Greta)", story))) <= 1
 
 
 def test_no_model_can_know_more_of_the_starter_corpus_than_its_grammar():
-    """The bits of a story's choices, over its bytes: README's 0.096, below which no bound can fall on average."""
+    """The bits of a story's choices, over its bytes: README's 0.153, below which no bound can fall on average."""
     bits, random = 0, main.Random(1)
 
     def choose(alternatives):
@@ -155,7 +155,7 @@ def test_no_model_can_know_more_of_the_starter_corpus_than_its_grammar():
         return random.choice(alternatives)
 
     length = sum(len(main.Story(choose)["story"]) + 2 for _ in range(500))
-    assert bits / length == pytest.approx(0.096, abs=0.003)
+    assert bits / length == pytest.approx(0.153, abs=0.003)
 
 
 def test_existing_files_are_never_written_to(tmp_path, monkeypatch, config):

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import TINY, KnownJoint, fill, random_model
+from conftest import TINY, KnownJoint, count_passes, fill
 from llada import llada_generate
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +17,6 @@ import main
 
 def settings(**overrides):
     plain = {"block_length": 0, "temperature": 0.7, "top_p": 1.0, "remasking": "low_confidence"}
-    plain |= {"cache_refresh": 1, "revision_sweeps": 0}
     return main.CONFIG(**{**TINY, **plain, **overrides})
 
 
@@ -90,7 +89,6 @@ def test_every_option_changes_the_result(model):
     base = settings(temperature=1.0, inference_steps=6)
     reference = main.run_conditional_diffusion_inference(model, b"", 12, base)
     changes = {"temperature": 0.0, "inference_steps": 2, "remasking": "random", "block_length": 3, "top_p": 0.5}
-    changes |= {"revision_sweeps": 1}
     for name, value in changes.items():
         changed = dataclasses.replace(base, **{name: value})
         assert main.run_conditional_diffusion_inference(model, b"", 12, changed) != reference, name
@@ -107,15 +105,6 @@ def test_each_option_of_one_strategy_changes_the_result(model):
     base = settings(remasking="threshold", confidence_threshold=1.0)
     changed = dataclasses.replace(base, confidence_threshold=0.02)
     assert len(collect_steps(model, b"", 12, changed)) < len(collect_steps(model, b"", 12, base)) == 13
-    blocks = settings(temperature=1.0, block_length=3)
-    cached = dataclasses.replace(blocks, cache_refresh=0)
-    assert (
-        collect_steps(model, b"abc", 12, blocks)[-1].tolist() != collect_steps(model, b"abc", 12, cached)[-1].tolist()
-    )
-    base = settings(temperature=0.0)
-    guided = dataclasses.replace(base, guidance_scale=2.0)
-    texts = [main.run_conditional_diffusion_inference(model, b"abc", 12, config) for config in (base, guided)]
-    assert texts[0] != texts[1]
 
 
 def test_a_seed_fixes_the_sample_whatever_the_global_generator(model):
@@ -226,9 +215,12 @@ def test_a_text_beyond_the_buffer_is_refused_in_one_line_with_the_sizes(model):
 def naive_sampler(model, text, config, seed=0):
     """One text, no batch, no cache, plain Python numbers: what the options mean, written from the papers."""
     x = list(text)
-    given = [i for i, token in enumerate(x) if token != main.MASK]
     holes = [i for i, token in enumerate(x) if token == main.MASK]
     span = holes[-1] + 1 - holes[0]
+    if config.remasking == "auto":  # of whole texts
+        config = dataclasses.replace(config, remasking="low_confidence")
+    if config.remasking == "threshold":
+        config = dataclasses.replace(config, inference_steps=0)
     block_length = config.block_length or span
     if config.inference_steps:
         block_length = max(block_length, math.ceil(span / config.inference_steps))
@@ -243,14 +235,10 @@ def naive_sampler(model, text, config, seed=0):
     while sum(block[3] for block in plan) < wanted:
         max(plan, key=lambda block: len(block[2]) / block[3])[3] += 1
     for start, width, block_holes, passes in plan:
-        generator = torch.Generator().manual_seed(main.derive_seed(seed, start - holes[0]))
+        generator = torch.Generator().manual_seed(main.derive_seed(seed, start - holes[0], 1))
         noise, step = None, 0
         while any(x[i] == main.MASK for i in block_holes):
             logits = model(torch.tensor([x]))[0]
-            if config.guidance_scale:
-                blind = [main.MASK if i in given else token for i, token in enumerate(x)]
-                blind_logits = model(torch.tensor([blind]))[0]
-                logits = blind_logits + (config.guidance_scale + 1) * (logits - blind_logits)
             if step % 16 == 0:
                 noise = torch.rand(16, width, 2, generator=generator, dtype=torch.float64)
             masked = [i for i in block_holes if x[i] == main.MASK]
@@ -258,10 +246,10 @@ def naive_sampler(model, text, config, seed=0):
             for i in masked:
                 probs = logits[i].softmax(-1)
                 for_byte, for_order = noise[step % 16, i - start].tolist()
-                top_p = max(config.top_p, 0.97) if config.revision_sweeps else config.top_p
-                chosen[i] = naive_draw(logits[i], config.temperature, top_p, for_byte)
+                chosen[i] = naive_draw(logits[i], config.temperature, config.top_p, for_byte)
                 entropy = -sum(p * math.log(p) for p in probs.tolist() if p > 0)
                 scores[i] = {
+                    "left_to_right": -i,
                     "random": for_order,
                     "low_confidence": probs[chosen[i]].item(),
                     "threshold": probs[chosen[i]].item(),
@@ -276,19 +264,6 @@ def naive_sampler(model, text, config, seed=0):
             for i in ranking[:number]:
                 x[i] = chosen[i]
             step += 1
-    for sweep in range(1, config.revision_sweeps + 1):
-        generator = torch.Generator().manual_seed(main.derive_seed(seed, sweep, 1))
-        noise = torch.rand(1, span, generator=generator, dtype=torch.float64)[0].tolist()
-        for offset in range(5):
-            revised = [i for i in holes if (i - holes[0]) % 5 == offset]
-            xt = [main.MASK if i in revised else token for i, token in enumerate(x)]
-            logits = model(torch.tensor([xt]))[0]
-            if config.guidance_scale:
-                blind = [main.MASK if i in given else token for i, token in enumerate(xt)]
-                blind_logits = model(torch.tensor([blind]))[0]
-                logits = blind_logits + (config.guidance_scale + 1) * (logits - blind_logits)
-            for i in revised:
-                x[i] = naive_draw(logits[i], config.temperature, config.top_p, noise[i - holes[0]])
     return bytes(x)
 
 
@@ -317,8 +292,6 @@ def random_settings(rng, strategy=None, **overrides):
         temperature=rng.choice([0.0, 0.5, 1.0]),
         top_p=rng.choice([1.0, 0.6]),
         inference_steps=rng.randrange(20),
-        revision_sweeps=rng.choice([0, 0, 1, 2]),
-        guidance_scale=rng.choice([0.0, 1.5]),
         confidence_threshold=rng.choice([0.05, 0.3, 0.9]),
         block_length=rng.choice([0, 1, 3, 50]),
         **overrides,
@@ -346,7 +319,7 @@ def test_every_strategy_with_every_option_does_what_a_naive_loop_does(model, str
 def test_given_bytes_stay_in_any_combination_of_options_and_all_masks_go(model):
     rng = random.Random(1)
     for _ in range(50):
-        config = random_settings(rng, cache_refresh=rng.choice([0, 1, 2, 5]))
+        config = random_settings(rng)
         texts = [random_text(rng) for _ in range(rng.randrange(1, 4))]
 
         def check(x, texts=texts):
@@ -363,81 +336,11 @@ def test_prompts_of_different_lengths_in_a_batch_come_out_as_one_by_one(model):
     rng = random.Random(2)
     prompts = [b"", b"a", b"to be or ", bytes(13)]
     for _ in range(25):
-        config = random_settings(rng, cache_refresh=rng.choice([0, 1, 3]))
-        config = dataclasses.replace(config, guidance_scale=0.0, confidence_threshold=rng.choice([0.02, 0.1]))
+        config = dataclasses.replace(random_settings(rng), confidence_threshold=rng.choice([0.02, 0.1]))
         texts = [[*prompt, *[main.MASK] * 40] for prompt in prompts]
         together = fill(model, texts, config, seed=5)
         alone = [fill(model, [text], config, seed=5 + i)[0] for i, text in enumerate(texts)]
         assert together == alone, config
-
-
-SPANS = [slice(0, 6), slice(5, 12), slice(9, 20), slice(0, 20), slice(7, 8)]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("conv_width, attention", [(0, "mla"), (1, "simplified_mla"), (5, "mha"), (5, "mla")])
-@pytest.mark.parametrize("span", SPANS)
-def test_a_span_computed_with_the_cache_has_the_logits_of_the_whole_pass(conv_width, attention, span):
-    model = random_model(settings(conv_width=conv_width, attention=attention))
-    tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
-    tokens[1, :3] = main.PAD
-    attention_mask, cache = tokens != main.PAD, main.PositionCache()
-    cache.span = slice(0, 20)
-    whole = model.hidden(tokens, attention_mask, cache)
-    torch.testing.assert_close(whole, model.hidden(tokens, attention_mask), rtol=0, atol=0)
-    cache.span = span
-    part = model.hidden(tokens, attention_mask, cache)
-    assert part.shape[1] == span.stop - span.start
-    rows = attention_mask[:, span]
-    torch.testing.assert_close(part[rows], whole[:, span][rows], rtol=1e-4, atol=1e-5)
-    tokens[:, span] = main.MASK  # what changes inside the span is seen at once, by the first layer exactly
-    assert not torch.allclose(model.hidden(tokens, attention_mask, cache), part)
-
-
-@torch.no_grad()
-def test_one_layer_is_exact_whatever_changes_in_the_span():
-    """Keys and values of one layer outside the span depend on the span by way of the convolution alone."""
-    model = random_model(settings(num_layers=1, conv_width=0))
-    tokens = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(0))
-    cache = main.PositionCache()
-    cache.span = slice(0, 20)
-    model.hidden(tokens, None, cache)
-    tokens[:, 4:9], cache.span = main.MASK, slice(4, 9)
-    expected = model.hidden(tokens)[:, 4:9]
-    torch.testing.assert_close(model.hidden(tokens, None, cache), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("attention", ["simplified_mla", "mla", "mha"])
-def test_each_pass_over_the_whole_sequence_is_what_a_sampler_without_a_cache_sees(attention, monkeypatch):
-    """With cache_refresh=1 every pass, to the bit; with 3 the passes 0, 3, ... of each block; with 0 the first one."""
-    model, text = random_model(settings(attention=attention)), [*b"ab", *[main.MASK] * 12, *b"c"]
-
-    def logits_of_passes(cache_refresh):
-        config, seen = settings(temperature=1.0, block_length=4, cache_refresh=cache_refresh), []
-        original = main.predict_block
-
-        def note(model, x, block, *options):
-            seen.append((model(x)[:, block], original(model, x, block, *options)))
-            return seen[-1][1]
-
-        with monkeypatch.context() as patch:
-            patch.setattr(main, "predict_block", note)
-            fill(model, [text], config)
-        return [torch.equal(expected, logits) for expected, logits in seen]
-
-    assert logits_of_passes(1) == [True] * 12
-    assert all(is_exact for i, is_exact in enumerate(logits_of_passes(3)) if i % 4 % 3 == 0)
-    assert not all(logits_of_passes(3))
-    assert logits_of_passes(0)[0]
-    assert not all(logits_of_passes(0))
-
-
-def count_passes(model, text, config):
-    sizes = []
-    handle = model.layers[0].register_forward_pre_hook(lambda _, arguments: sizes.append(arguments[0].shape[1]))
-    fill(model, [text], config)
-    handle.remove()
-    return sizes
 
 
 class CountWaits(TorchDispatchMode):
@@ -456,29 +359,20 @@ class CountWaits(TorchDispatchMode):
 
 @pytest.mark.parametrize("strategy", main.STRATEGIES)
 def test_a_pass_waits_for_the_device_once_to_see_whether_masks_are_left(model, strategy):
-    options = {"top_p": 0.9, "guidance_scale": 1.0, "confidence_threshold": 1.0}
-    config, seen = settings(remasking=strategy, inference_steps=12, cache_refresh=3, **options), []
+    options = {"top_p": 0.9, "confidence_threshold": 1.0}
+    config, seen = settings(remasking=strategy, inference_steps=12, **options), []
     with CountWaits() as counter:
         fill(model, [[65, *[main.MASK] * 12]], config, on_step=lambda _: seen.append(counter.waits))
     assert [after - before for before, after in itertools.pairwise(seen[1:])] == [1] * 11
-
-
-def test_with_a_cache_most_passes_compute_the_block_alone(model):
-    text = [*b"abcd", *[main.MASK] * 12]
-    options = {"inference_steps": 12, "block_length": 6}
-    assert count_passes(model, text, settings(**options)) == [16] * 12
-    once = [16, *[6] * 5, 12, *[6] * 5]  # a block begins with a pass over the one before, too
-    assert count_passes(model, text, settings(**options, cache_refresh=0)) == once
-    assert count_passes(model, text, settings(**options, cache_refresh=3)) == [16, 6, 6] * 4
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"remasking": "random"},
+        {"remasking": "left_to_right"},
         {"remasking": "entropy"},
         {"block_length": 1},
-        {"remasking": "random", "revision_sweeps": 2},
     ],
 )
 def test_one_byte_per_pass_samples_the_joint_distribution_of_a_perfect_model(options):
@@ -495,15 +389,14 @@ def test_one_byte_per_pass_samples_the_joint_distribution_of_a_perfect_model(opt
     counts.zero_()
     for a, b, c in fill(model, [[main.MASK] * 3] * number, config):
         counts[a, b, c] += 1
-    is_exact = config.block_length == 1 or config.revision_sweeps  # Gibbs sampling mends what was drawn all at once
-    assert ((counts - expected) ** 2 / expected).sum() > 24.3 or is_exact
+    assert ((counts - expected) ** 2 / expected).sum() > 24.3 or config.block_length == 1
 
 
 @pytest.mark.parametrize(
     "options, named",
     [
         ({"top_p": 1.5}, "top_p"),
-        ({"cache_refresh": -1}, "cache_refresh"),
+        ({"inference_steps": -1}, "inference_steps"),
         ({"confidence_threshold": 0.0}, "confidence_threshold"),
     ],
 )
@@ -516,11 +409,6 @@ def test_options_that_make_no_sense_are_refused_in_one_line_with_their_name(opti
 def test_a_negative_seed_is_refused(model):
     with pytest.raises(main.InputError, match="seed=-1"):
         main.run_conditional_diffusion_inference(model, b"a", 4, settings(), seed=-1)
-
-
-def test_guidance_without_any_given_byte_is_refused(model):
-    with pytest.raises(main.InputError, match="guidance_scale=1.0"):
-        main.run_conditional_diffusion_inference(model, b"", 4, settings(guidance_scale=1.0))
 
 
 class Terminal(io.StringIO):

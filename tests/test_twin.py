@@ -11,7 +11,7 @@ import main
 
 @pytest.fixture
 def twin_config():
-    return main.CONFIG(**TINY, objective="autoregressive")
+    return main.CONFIG(**{**TINY, "block_length": 1})
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def twin(twin_config):
 @pytest.mark.parametrize("attention", ["simplified_mla", "mla", "mha"])
 def test_a_prediction_depends_on_all_earlier_bytes_and_on_no_other(attention):
     """By the gradient of each position's logits with respect to the embeddings of all positions."""
-    model = random_model(main.CONFIG(**TINY, objective="autoregressive", attention=attention))
+    model = random_model(main.CONFIG(**{**TINY, "block_length": 1}, attention=attention))
     embedded = []
 
     def note(_module, _inputs, output):
@@ -54,26 +54,25 @@ def test_the_loss_the_estimate_and_the_chain_rule_are_one_number(twin, text_fold
 
 
 @torch.no_grad()
-def test_it_samples_from_left_to_right_and_the_cache_changes_nothing(twin, twin_config):
+def test_it_samples_from_left_to_right(twin, twin_config):
     prompts = [b"", b"a", b"to be or "]
     texts = [[*prompt, *[main.MASK] * 11] for prompt in prompts]
-    exact = dataclasses.replace(twin_config, cache_refresh=1, top_p=1.0)
+    exact = dataclasses.replace(twin_config, top_p=1.0)
     states = []
     together = fill(twin, texts, exact, seed=3, on_step=lambda x: states.append((x == main.MASK).sum(dim=1).tolist()))
     assert states == [[11 - i] * 3 for i in range(12)]
-    assert together == fill(twin, texts, dataclasses.replace(exact, cache_refresh=0), seed=3)
     assert together == [fill(twin, [text], exact, seed=3 + i)[0] for i, text in enumerate(texts)]
 
 
 def test_what_makes_no_sense_from_left_to_right_is_refused(twin, twin_config):
     for prompt, suffix in (("a", "b"), ([main.MASK, 65], "")):
-        with pytest.raises(main.InputError, match="objective='autoregressive' is not possible: it must be diffusion"):
+        with pytest.raises(main.InputError, match="fill holes"):
             main.run_conditional_diffusion_inference(twin, prompt, 4, twin_config, suffix)
 
 
 def test_it_trains_resumes_evaluates_and_generates_by_one_flag(text_folder, monkeypatch, capsys):
     monkeypatch.chdir(text_folder)
-    flags = [*TINY_FLAGS, "--objective=autoregressive", "--num_samples=1", "--max_steps=200", "--batch_size=16"]
+    flags = [*TINY_FLAGS, "--block_length=1", "--num_samples=1", "--max_steps=200", "--batch_size=16"]
     _, console = train_tiny(text_folder, *flags)
     assert "exact likelihood" in console
     assert "bound" not in console

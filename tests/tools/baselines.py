@@ -1,9 +1,9 @@
 """Other trainers' recipes at the size of `main.py` on a CPU, for the README's curves. In a folder with both texts:
 
-    python tests/baselines.py nanogpt          GPT-2's network, AdamW, cosine decay (github.com/karpathy/nanoGPT)
-    python tests/baselines.py nanodlm          masked diffusion with that network, independent masks, weight 1/t
+    python tests/tools/baselines.py nanogpt          GPT-2's network, AdamW, cosine decay (github.com/karpathy/nanoGPT)
+    python tests/tools/baselines.py nanodlm          masked diffusion with that network, independent masks, weight 1/t
                                                (github.com/SoumilBhandari/nanoDLM, without self-conditioning)
-    python tests/baselines.py tiny_diffusion   RMSNorm, RoPE, QK-norm, squared ReLU, mean over all masked characters,
+    python tests/tools/baselines.py tiny_diffusion   RMSNorm, RoPE, QK-norm, squared ReLU, mean over all masks,
                                                constant rate (github.com/nathan-barry/tiny-diffusion, version 2)
 
 Written anew after what these projects publish. Theirs: network, objective, optimizer, schedule, and an alphabet of the
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import main
 
 WIDTH, BLOCKS, HEADS, LENGTH, ROWS = 128, 4, 4, 128, 16

@@ -1453,6 +1453,7 @@ class TrainingState:
 
     def __init__(self, config, checkpoint=None):
         self.config, self.step, self.minutes, self.best_bound, self.texts = config, 0, 0.0, math.inf, {}
+        check_compiler_cache()
         torch.manual_seed(derive_seed(config.seed))  # a CPU's generator knows only the lowest 32 bits of a seed
         self.model = MaskPredictor(config).to(config.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)  # exponential moving average of the weights
@@ -2338,7 +2339,6 @@ def main(argv=None):
         is_console = sys.stdout.isatty()  # one that is not UTF-8 shows what it can; a file or pipe loses nothing
         sys.stdout.reconfigure(encoding=None if is_console else "utf-8", errors="replace")
     use_allowed_cpus()
-    check_compiler_cache()
     command, rest = (COMMANDS[argv[0]], argv[1:]) if argv and argv[0] in COMMANDS else (train_command, argv)
     try:
         return command(rest)

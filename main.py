@@ -119,8 +119,8 @@ class CONFIG:
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
 
-    # What makes the model learn faster (README, What differs from the papers). The bell is that of arXiv 2605.13026, the
-    # convolution gives bytes the local contiguity that 2605.12928 finds them to lack. 0 switches off, 1 the power
+    # What makes the model learn faster (README, What differs from the papers). The bell: arXiv 2605.13026;
+    # the convolution gives bytes the local contiguity that 2605.12928 finds them to lack. 0 switches off, 1 the power
     conv_width: int = 9  # bytes, odd: depthwise convolution before each block
     mask_ratio_std: float = 0.1  # of the bell of whole texts' mask ratios, around 0.45; 0: all uniform, the bound
     block_mask_power: float = 0.5  # a block's mask ratio is t ** power, t uniform: below 1 more is masked; 1: as much

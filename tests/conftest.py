@@ -23,6 +23,7 @@ TINY = {
     "max_length": 16,
     "batch_size": 8,
     "device": "cpu",
+    "amp_dtype": "fp32",
     "compile": False,
     "block_length": 0,
 }

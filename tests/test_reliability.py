@@ -167,11 +167,11 @@ def test_a_full_disk_silences_tensorboard_but_not_the_training(tmp_path, monkeyp
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    writer = main.Writer(tmp_path)
-    monkeypatch.setattr(writer.writer, "add_scalar", fail)
-    for step in range(3):
-        writer.add_scalar("train/loss", 1.0, step)
-    writer.close()
+    log = main.Log(main.TrainingState(main.CONFIG(**TINY)), tmp_path)
+    monkeypatch.setattr(log.writer, "add_scalar", fail)
+    for _ in range(3):
+        log.add("scalar", "train/loss", 1.0)
+    log.close()
     assert capsys.readouterr().out.count("TensorBoard's log cannot be written (No space left on device)") == 1
 
 

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import TINY, KnownJoint, count_passes, fill
+from conftest import TINY, KnownJoint, count_passes, fill, random_model
 from llada import llada_generate
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,19 +118,6 @@ def test_a_seed_fixes_the_sample_whatever_the_global_generator(model):
     assert samples[0] == samples[1] != samples[2]
 
 
-def test_the_order_by_entropy_prefers_a_certain_position_exponentially():
-    """Of two positions, one certain and one of 0.6 nats, the first comes first with probability 1 / (1 + exp(-2))."""
-    number, p = 40_000, 0.7063  # entropy of (p, 1 - p): 0.6056 nats
-    logits = torch.full((number, 2, 256), -torch.inf)
-    logits[:, :, 65] = 0.0
-    logits[:, 1, 65:67] = torch.tensor([p, 1 - p]).log()
-    nats = -(p * math.log(p) + (1 - p) * math.log(1 - p))
-    uniform = torch.rand(number, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    scores = main.score_positions("entropy", logits, torch.zeros(number, 2, dtype=torch.int64), uniform)
-    share = (scores[:, 0] > scores[:, 1]).float().mean().item()
-    assert share == pytest.approx(1 / (1 + math.exp(-nats / main.ENTROPY_TEMPERATURE)), abs=0.008)
-
-
 @pytest.mark.parametrize(
     "temperature, top_p, expected",
     [
@@ -235,7 +222,7 @@ def naive_sampler(model, text, config, seed=0):
     while sum(block[3] for block in plan) < wanted:
         max(plan, key=lambda block: len(block[2]) / block[3])[3] += 1
     for start, width, block_holes, passes in plan:
-        generator = torch.Generator().manual_seed(main.derive_seed(seed, start - holes[0], 1))
+        generator = torch.Generator().manual_seed(main.derive_seed(seed, start, 0))
         noise, step = None, 0
         while any(x[i] == main.MASK for i in block_holes):
             logits = model(torch.tensor([x]))[0]
@@ -247,13 +234,11 @@ def naive_sampler(model, text, config, seed=0):
                 probs = logits[i].softmax(-1)
                 for_byte, for_order = noise[step % 16, i - start].tolist()
                 chosen[i] = naive_draw(logits[i], config.temperature, config.top_p, for_byte)
-                entropy = -sum(p * math.log(p) for p in probs.tolist() if p > 0)
                 scores[i] = {
                     "left_to_right": -i,
                     "random": for_order,
                     "low_confidence": probs[chosen[i]].item(),
                     "threshold": probs[chosen[i]].item(),
-                    "entropy": -entropy - 0.3 * math.log(-math.log(max(for_order, 1e-12))),
                 }[config.remasking]
             ranking = sorted(masked, key=lambda i: -scores[i])
             if config.remasking == "threshold":
@@ -320,27 +305,34 @@ def test_given_bytes_stay_in_any_combination_of_options_and_all_masks_go(model):
     rng = random.Random(1)
     for _ in range(50):
         config = random_settings(rng)
-        texts = [random_text(rng) for _ in range(rng.randrange(1, 4))]
+        text = random_text(rng)
+        texts = [[t if t == main.MASK else rng.randrange(256) for t in text] for _ in range(rng.randrange(1, 4))]
 
         def check(x, texts=texts):
-            rows = [[t for t in row if t != main.PAD] for row in x.tolist()]
-            for row, text in zip(rows, texts, strict=True):
-                assert len(row) == len(text)
-                assert all(token == wanted for token, wanted in zip(row, text) if wanted != main.MASK)
+            for row, text in zip(x.tolist(), texts, strict=True):
+                assert all(token == wanted for token, wanted in zip(row, text, strict=True) if wanted != main.MASK)
 
         for filled, text in zip(fill(model, texts, config, on_step=check), texts, strict=True):
             assert all(token == wanted for token, wanted in zip(filled, text, strict=True) if wanted != main.MASK)
 
 
-def test_prompts_of_different_lengths_in_a_batch_come_out_as_one_by_one(model):
+def test_prompts_of_any_lengths_come_out_as_one_by_one(model):
     rng = random.Random(2)
-    prompts = [b"", b"a", b"to be or ", bytes(13)]
+    prompts = ["to be or ", "", "a", "not to be", "b"]
     for _ in range(25):
         config = dataclasses.replace(random_settings(rng), confidence_threshold=rng.choice([0.02, 0.1]))
-        texts = [[*prompt, *[main.MASK] * 40] for prompt in prompts]
-        together = fill(model, texts, config, seed=5)
-        alone = [fill(model, [text], config, seed=5 + i)[0] for i, text in enumerate(texts)]
-        assert together == alone, config
+        write = lambda prompt, seed, config=config: main.run_conditional_diffusion_inference(
+            model, prompt, 40, config, seed=seed
+        )
+        assert write(prompts, 5) == [write(prompt, 5 + i) for i, prompt in enumerate(prompts)], config
+
+
+def test_prompts_of_the_same_shape_are_one_batch(model):
+    prompts = [[*b"ab", main.MASK, *b"cd"], [*b"xy", main.MASK, *b"zz"], [*b"xy", main.MASK]]
+    shapes = []
+    main.run_conditional_diffusion_inference(model, prompts, 0, settings(), on_step=lambda x: shapes.append(x.shape))
+    assert shapes == [(2, 5)] * 2 + [(1, 3)] * 2
+    assert fill(model, prompts[:2], settings(), seed=5)[1] == fill(model, prompts[1:2], settings(), seed=6)[0]
 
 
 class CountWaits(TorchDispatchMode):
@@ -371,7 +363,6 @@ def test_a_pass_waits_for_the_device_once_to_see_whether_masks_are_left(model, s
     [
         {"remasking": "random"},
         {"remasking": "left_to_right"},
-        {"remasking": "entropy"},
         {"block_length": 1},
     ],
 )
@@ -442,9 +433,22 @@ def test_watching_shows_nothing_where_the_output_is_no_terminal(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_no_more_steps_are_kept_than_are_needed(model):
-    for keeps_all, expected in ((False, 2), (True, 13)):
-        progress = main.Progress(keeps_all=keeps_all)
-        main.run_conditional_diffusion_inference(model, "a", 12, settings(), on_step=progress)
-        assert len(progress.steps) == expected
-        assert not (progress.steps[-1] == main.MASK).any()
+@pytest.mark.parametrize("n", [0, 4])
+def test_a_hole_of_unknown_length_gets_the_length_that_makes_the_text_most_probable(n):
+    config = main.CONFIG(**{**TINY, "block_length": n, "temperature": 0.9})
+    model, suffix = random_model(config), list(b"yz")
+    chosen = main.choose_length_of_hole(model, "ab{1-5}cd", suffix, config)
+    greedy, bits = dataclasses.replace(config, temperature=0.0), {}
+    for length in range(1, 6):
+        (filled,) = fill(model, [[*b"ab", *[main.MASK] * length, *b"cd", *suffix]], greedy)
+        x, total = torch.tensor([list(filled)]), 0.0
+        for i in range(2, x.shape[1]):  # the chain rule by hand
+            seen = x.clone()
+            seen[:, i:] = main.MASK
+            total -= model(seen if n == 0 else seen[:, : (i // n + 1) * n]).log_softmax(-1)[0, i, x[0, i]].item()
+        bits[length] = total
+    assert chosen == f"ab{{{min(bits, key=bits.get)}}}cd"
+    for plain in ("ab{3}cd", "no hole", "{{2-12}}", "{x-y}"):
+        assert main.choose_length_of_hole(model, plain, suffix, config) == plain
+    with pytest.raises(main.InputError, match="{5-2}"):
+        main.choose_length_of_hole(model, "{5-2}", suffix, config)

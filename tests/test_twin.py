@@ -55,7 +55,7 @@ def test_the_loss_the_estimate_and_the_chain_rule_are_one_number(twin, text_fold
 
 @torch.no_grad()
 def test_it_samples_from_left_to_right(twin, twin_config):
-    prompts = [b"", b"a", b"to be or "]
+    prompts = [b"to be or ", b"not to be", b"123456789"]
     texts = [[*prompt, *[main.MASK] * 11] for prompt in prompts]
     exact = dataclasses.replace(twin_config, top_p=1.0)
     states = []

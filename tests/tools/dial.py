@@ -32,7 +32,7 @@ def measure(run_dir, num_chunks=64):
     bound = main.with_error(*main.estimate_nelbo(model, dataset))
     starts = torch.arange(num_chunks).numpy() * (len(dataset.bytes) - length) // num_chunks
     x0 = dataset.read(starts)
-    exact = main.exact_likelihood(model, x0).mean(dim=1)
+    exact = main.exact_likelihood(model, x0[: num_chunks // 2]).mean(dim=1)
     exact = main.with_error(*main.mean_over_bytes(exact, torch.ones_like(exact)))
     infilling, start = "", (length - 20) // 2
     if model.sees_whole_texts:
@@ -53,7 +53,7 @@ def measure(run_dir, num_chunks=64):
         main.run_conditional_diffusion_inference(model, "\n\n", 256, config, seed=seed)
         seconds.append(time.perf_counter() - started)
     speed = f"{256 / statistics.median(seconds):,.0f}"
-    bounds = ["", exact] if n == 1 else [bound, exact]
+    bounds = ["", exact] if n == 1 else [bound, exact]  # exact: of the same chunks for all
     return [n or length, f"{state['step']:,}", *bounds, infilling, *shares, speed]
 
 

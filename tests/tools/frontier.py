@@ -26,7 +26,6 @@ LLADA = "LLaDA's algorithm, blocks of 16"
 ROWS = """
 
 --remasking random
---remasking entropy
 --remasking threshold --confidence_threshold 0.9
 --remasking threshold --confidence_threshold 0.5
 --top_p 1
@@ -106,8 +105,8 @@ def frontier():
                 column.extend(values)
     print(f"{length} bytes in blocks of {config.block_length}, after {skip}, on {config.device}; ", end="")
     print(f"{arguments.samples} samples in batches of {arguments.batch_size}")
-    titles = "passes | bytes/s | against the first | exact | by the judge | known words | entropy | white space"
-    print(f"| flags | {titles} |\n|---{'|---' * 8}|")
+    titles = "passes | bytes/s | against the first | exact | by the judge | known words | entropy"
+    print(f"| flags | {titles} |\n|---{'|---' * 7}|")
     reference = statistics.median(next(iter(results.values()))[1])
     for row, (samples, seconds, counts) in (results | {"the true continuation": (truth, [], [])}).items():
         s = main.text_statistics(samples, training_text)
@@ -118,7 +117,7 @@ def frontier():
         judged = f"{exact_bits(judge, samples):.2f}" if judge else ""
         print(
             f"| `{row or 'the defaults'}` | {speed} | {exact_bits(model, samples):.2f} | {judged} | "
-            f"{s['known words']:.2f} | {s['byte entropy']:.2f} | {s['white space']:.2f} |",
+            f"{s['known words']:.2f} | {s['byte entropy']:.2f} |",
             flush=True,
         )
 

@@ -9,11 +9,10 @@
     python main.py profile                                how fast a training step is, and where its time goes
     torchrun --nproc_per_node=8 main.py                   the same training on eight GPUs
 
-The idea: replace k of n bytes of a text by MASK and let a transformer that sees in both directions predict all of them
-at once. Train it for every k from 1 to n. Such a model writes by starting from n times MASK and unmasking it step by
-step. One dial, block_length, goes from the autoregressive model (n = 1) over block diffusion (each block of n bytes is
-written after those before it) to LLaDA (n = L, the whole text). Some steps are on whole texts in any case: they teach
-the model to fill holes, with text on both sides in view.
+The idea: replace k of n bytes of a text by MASK and let a transformer that sees in both directions predict them all.
+Train it for every k from 1 to n. It writes by starting from n times MASK and unmasking step by step. One dial,
+block_length, goes from the autoregressive model (n = 1) over block diffusion (each block of n bytes is written after
+those before it) to LLaDA (n = L, the whole text). Some steps are on whole texts in any case, to teach filling holes.
 
 Shapes: B sequences, L bytes each, n block_length, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values;
 P positions of an input; in the sampler N sequences, W positions of a block.
@@ -28,7 +27,6 @@ import argparse
 import copy
 import dataclasses
 import gc
-import itertools
 import json
 import math
 import mmap
@@ -70,7 +68,6 @@ class TrainingError(RuntimeError):
 # ######################################################################################################################
 # PART 1: THE METHOD. What is special to masked diffusion, to be read in one go beside the LLaDA paper.
 #         CONFIG, data, model, objective, sampler, training
-# PART 2: THE MACHINERY. What any trainer needs; to be looked up when you need it.
 # ######################################################################################################################
 
 
@@ -128,10 +125,9 @@ class CONFIG:
 
     # Sampling
     remasking: str = "auto"  # the order, see score_positions; auto: left_to_right in blocks, low_confidence elsewhere
-    inference_steps: int = 0  # forward passes in all, at least one per block; 0: one per byte; threshold ignores it
-    confidence_threshold: float = 0.9  # of the strategy threshold: all bytes at least so probable are unmasked
-    temperature: float = 0.7  # of the byte distribution; 0 takes the most probable byte
-    top_p: float = 0.9  # bytes are drawn from the most probable ones that together reach this probability
+    inference_steps: int = 0  # forward passes in all, at least one per block; 0: one per byte
+    temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
+    top_p: float = 0.8  # bytes are drawn from the most probable ones that together reach this probability
     num_samples: int = 3  # prompts from the validation text that each validation continues
 
     # Run
@@ -154,12 +150,9 @@ class CONFIG:
 
 
 class ByteLevelTextDataset(Dataset):
-    """The bytes start..stop of a file as int64 sequences of `max_length` numbers, 0..255.
-
-    Training uses `random_crops`. The items are the chunks of an evaluation: in the order of the file, without overlap,
-    only the last one padded with PAD. The file is mapped into memory, so its size does not matter.
-    Raises InputError if the file is missing, no regular file or shorter than `max_length`.
-    """
+    """The bytes start..stop of a file, which is mapped into memory: its size does not matter. The items are chunks for
+    evaluation, int64 [max_length], in order, without overlap, only the last one padded with PAD. Training uses
+    `random_crops`. Raises InputError: the file is missing, not a regular file or shorter than `max_length`."""
 
     def __init__(self, path, max_length, start=0, stop=None):
         self.path, self.max_length = str(path), max_length
@@ -188,9 +181,8 @@ class ByteLevelTextDataset(Dataset):
         return self.read(np.array([range(len(self))[index] * self.max_length]))[0]  # range raises the IndexError
 
     def random_crops(self, seed, step, rows, num_rows):
-        """Sequences that begin anywhere, uint8 [rows, max_length]: the rows `rows`, a slice, of the `num_rows` of a
-        step. The batch is a function of (seed, step), so every process and micro-batch finds its own rows of it, and a
-        resumed run goes on where it stopped."""
+        """Rows `rows`, a slice, of the `num_rows` sequences of a step, which begin anywhere: uint8 [rows, max_length].
+        A function of (seed, step), so any split of the batch, and a resumed run, finds its own rows."""
         num_starts = len(self.bytes) - self.max_length + 1
         starts = np.random.default_rng([seed, step]).integers(num_starts, size=num_rows)[rows]
         return self.read(starts).to(torch.uint8)  # an eighth of the bytes to copy to a GPU
@@ -230,10 +222,8 @@ class RMSNorm(nn.RMSNorm):
 
 @dataclass
 class Layout:
-    """What the layers know of their input beside its values: the layers know nothing of objectives.
-
-    There may be two streams: the first C of the P positions are the clean text, the others the noisy one.
-    """
+    """What the layers know of their input beside its values; of objectives they know nothing. There may be two streams:
+    the first C of the P positions are the clean text, the others the noisy one."""
 
     rope: torch.Tensor  # [P, 2, d], of each position's place in the text
     parts: list  # who attends to whom: ((start, stop) of some queries, [(start, stop), ...] of their keys, sees); sees,
@@ -246,8 +236,7 @@ class Layout:
 
 
 def attend(q, k, v, sees, is_causal):
-    """Softmax attention; on a CPU never in half precision: two streams of the default size, there and back, take 10 ms
-    in float32 and 18 in bfloat16."""
+    """Softmax attention. On a CPU in float32: two streams of the default size take 10 ms there and back, in bf16 18."""
     dtype, on_cpu = v.dtype, v.device.type == "cpu"
     with torch.autocast(v.device.type, enabled=False):  # which would change the precision back
         if on_cpu and dtype.itemsize == 2:
@@ -326,9 +315,8 @@ class MultiHeadAttention(SimplifiedMLAttention):
 
 
 class MultiHeadLatentAttention(Attention):
-    """Multi-head latent attention with all of its parts (DeepSeek-V2, arXiv 2405.04434, sec. 2.1, with direct queries
-    as in its Lite version): RMSNorm on the latent, and RoPE apart from it, on a part of each query and on one key that
-    all heads share. The names are those of its code, whose wkv_b is wk_b and wv_b here."""
+    """Multi-head latent attention of DeepSeek-V2-Lite (arXiv 2405.04434, sec. 2.1): RMSNorm on the latent, RoPE apart
+    from it, on a part of each query and one key for all heads. The names are of its code, whose wkv_b is wk_b, wv_b."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -390,10 +378,10 @@ class PositionCache(dict):
 
 
 class DepthwiseConvolution(nn.Module):
-    """Adds to each channel of x [B, P, D] a weighted sum of its surroundings, `width` positions wide (if causal, of
-    itself and those before). A neighbour in an earlier block is read from the clean stream, one in the same block from
-    the position's own stream; one in a later block is zero, else it would leak. Written as shifts, which torch.compile
-    fuses: six times faster on a CPU than nn.Conv1d(D, D, width, groups=D)."""
+    """Adds to each channel of x [B, P, D] a weighted sum of its `width` neighbours (if causal, of itself and those
+    before). A neighbour in an earlier block is read from the clean stream, one in the same block from the position's
+    own; one in a later block is zero, else it would leak. torch.compile fuses the shifts: on a CPU six times faster
+    than nn.Conv1d(D, D, width, groups=D)."""
 
     def __init__(self, width, model_dim, is_causal=False):
         super().__init__()
@@ -459,12 +447,9 @@ class TransformerBlock(nn.Module):
 class MaskPredictor(nn.Module):
     """The transformer of the masked diffusion model. It gets no time as input: the number of MASKs says as much.
 
-    A text of L bytes is cut into blocks of n = block_length bytes, and a byte sees its own block and those before:
-
-    n = L (or 0)     all see all: LLaDA
-    1 < n < L        block diffusion (BD3-LM, arXiv 2503.09573)
-    n = 1            its autoregressive twin: the same network, causal, on a sequence shifted by one, so that position i
-                     sees MASK and the bytes before i, and its logits predict byte i, too
+    A text of L bytes is cut into blocks of n = block_length bytes, and a byte sees its own block and those before.
+    n = L (or 0) is LLaDA, 1 < n < L block diffusion. n = 1 is the autoregressive twin: causal, on a sequence shifted by
+    one, so that position i sees MASK and the bytes before i, and its logits predict byte i, too.
     """
 
     def __init__(self, config):
@@ -489,19 +474,16 @@ class MaskPredictor(nn.Module):
     def forward(self, tokens, attention_mask=None, clean=None, block_length=None):
         """Logits [B, L, 256], float32, of the byte at each position of tokens [B, L], int64: bytes and special ids.
 
-        Earlier blocks are read from `clean` [B, L], so that all blocks of a partly masked text are predicted in one
-        pass; by default from tokens itself. block_length is by default the model's.
-
-        attention_mask, bool [B, L], is False where nothing may be seen: by default at PAD. Compiled code cannot look
-        for PAD, so there a batch with PAD must bring its mask. InputError if L exceeds rope_max_length_buffer.
+        Earlier blocks are read from `clean` [B, L], by default tokens itself: so all blocks of a partly masked text are
+        predicted in one pass. attention_mask, bool [B, L], is False where nothing may be seen, by default at PAD, for
+        which compiled code cannot look. Raises InputError if L exceeds rope_max_length_buffer.
         """
         if attention_mask is None and not torch.compiler.is_compiling() and (tokens == PAD).any():
             attention_mask = tokens != PAD
         return self.output(self.hidden(tokens, attention_mask, clean, block_length)).float()  # [B, L, 256]
 
     def hidden(self, tokens, attention_mask=None, clean=None, block_length=None, cache=None):
-        """What the output layer turns into logits, [B, L, D]; with a PositionCache only of its span. Does not
-        look for PAD."""
+        """What the output layer turns into logits, [B, L, D]; with a PositionCache only of its span."""
         length, longest = tokens.shape[1], self.rope.shape[0]
         if length > longest:
             raise InputError(f"a sequence of {length} bytes exceeds rope_max_length_buffer={longest}; raise that field")
@@ -558,9 +540,8 @@ class MaskPredictor(nn.Module):
 def draw_noise(num_rows, length, generator, block_length=0):
     """All the randomness of masking a batch: t [num_rows, blocks] and noise [num_rows, length], which ranks positions.
 
-    t plays the part of LLaDA's t, but exactly 1 + floor(t * n) bytes of a block of n will be masked, where LLaDA masks
-    each of them with probability t. The bound is the same (see `masked_diffusion_loss`). t is stratified: the blocks of
-    every batch cover [0, 1) evenly.
+    Exactly 1 + floor(t * n) bytes of a block of n will be masked, where LLaDA masks each with probability t; the bound
+    is the same (see `masked_diffusion_loss`). t is stratified: the blocks of every batch cover [0, 1) evenly.
     """
     n, device = block_length or length, generator.device
     require(length % n == 0, "block_length", block_length, f"a divisor of {length} bytes")
@@ -571,9 +552,9 @@ def draw_noise(num_rows, length, generator, block_length=0):
 
 
 def training_mask_ratios(t, std, mean=0.45, uniform=1 / 8):
-    """The mask ratios of training on whole texts, from uniform t: of the rows, a fraction `uniform` keeps a uniform
-    ratio, so that the model sees all states of the sampler; the others follow a normal around `mean`, since almost all
-    or almost nothing masked teaches little. (erfinv, since Apple GPUs have no torch.special.ndtri.)"""
+    """The mask ratios of training on whole texts, from uniform t: a fraction `uniform` stays uniform, so that the model
+    sees all states of the sampler; the others follow a normal around `mean`, since almost all or almost nothing masked
+    teaches little. (erfinv, since Apple GPUs have no torch.special.ndtri.)"""
     if not std:
         return t
     of_bell = ((t - uniform) / (1 - uniform)).clamp(min=0)
@@ -592,9 +573,8 @@ def into_blocks(values, num_blocks):
 
 
 def mask_bytes(x0, t, noise):
-    """The forward process: replace exactly k = 1 + floor(n * t) bytes of each block of n by MASK, those with the lowest
-    noise; t [B, blocks] (or [B]: one block), noise [B, L]. PAD is no byte and stays. Returns xt [B, L] int64 and
-    is_masked [B, L] bool."""
+    """The forward process: replace exactly k = 1 + floor(n * t) bytes of each block of n by MASK, those of lowest noise
+    [B, L]; t [B, blocks] (or [B]: one block). PAD stays. Returns xt [B, L] int64 and is_masked [B, L] bool."""
     n = x0.numel() // t.numel()
     is_byte, t = (x0 != PAD).reshape(-1, n), t.flatten()  # [B * blocks, n], [B * blocks]
     lengths = is_byte.sum(dim=1)
@@ -624,19 +604,16 @@ def masked_diffusion_loss(model, x0, t=None, noise=None):
 
     LLaDA (eq. 3), MDLM and MD4 write it as E_t[(1/t) sum of masked cross-entropies], t ~ U(0, 1), each byte masked with
     probability t. Group the draws by their number k of masks: the integral of Binomial(k; L, t) / t over t is 1/k for
-    every k, so the same bound per byte is
+    every k, so the same bound per byte is (LLaDA's eq. 6)
 
         E_{k ~ Uniform{1..L}}  E_{masks of k bytes}  [ mean cross-entropy of the k masked bytes ]
 
-    (LLaDA's eq. 6, by which it evaluates). There is no 1/t to blow up. The mean is taken within each sequence, then
-    over the sequences; dividing by the number of masks in the whole batch would be another objective.
-
-    Block diffusion (BD3-LM, arXiv 2503.09573) is the same within each block of n bytes, given the clean blocks before
-    it, so the chain rule over the blocks makes it a bound, too: LLaDA's for n = L, the exact likelihood for n = 1.
+    There is no 1/t to blow up. The mean is taken within each sequence, then over the sequences; dividing by the number
+    of masks in the whole batch would be another objective. Block diffusion (BD3-LM, arXiv 2503.09573) is the same in
+    each block of n bytes, given the clean ones before: by the chain rule a bound, too, and for n = 1 the likelihood.
 
     `model` maps int64 [B, L] to logits [B, L, 256]; x0 is int64 [B, L], clean bytes, PAD where a sequence is shorter; t
-    and noise are as `draw_noise` returns them, by default drawn by way of torch's generator; the columns of t are the
-    blocks. Returns a scalar, nats per byte.
+    and noise are as of `draw_noise`, by default drawn by torch's generator. Returns a scalar, nats per byte.
     """
     if t is None:
         generator = torch.Generator(x0.device).manual_seed(int(torch.randint(2**62, ())))
@@ -661,11 +638,11 @@ def run_conditional_diffusion_inference(
     """Write `response_length` bytes after `prompt`, and before `suffix` if there is one (infilling); 0: only the holes.
     What follows the last given byte ends with the first `until` in it, a str or bytes, if that comes sooner.
 
-    `prompt` is a str, bytes or a sequence of ints: 0..255, and MASK for each byte of a hole. Of a list of such prompts
-    the i-th has the seed + i (default: config.seed); those with their MASKs in the same places are sampled as one
-    batch, and each comes out as it would alone. Of `config` the section Sampling, block_length, seed and
-    rope_max_length_buffer matter. `on_step` is called with the sequences of a batch, x [N, L] int64, before the first
-    pass and after every pass; the last call shows the finished bytes, PAD after `until`. The next pass overwrites x.
+    `prompt` is a str, bytes or a sequence of ints: 0..255, and MASK for each byte of a hole. Of a list of prompts the
+    i-th has the seed + i (default: config.seed); those with MASKs in the same places are one batch, and each comes out
+    as it would alone. Of `config` matter Sampling, block_length, seed and rope_max_length_buffer. `on_step` is called
+    with the sequences of a batch, x [N, L] int64, before the first pass and after each, which overwrites x; the last
+    call shows the finished bytes, PAD after `until`.
 
     Returns prompt, response and suffix as one str, with invalid UTF-8 replaced by U+FFFD; for a list, a list of those.
     Raises InputError if the whole exceeds rope_max_length_buffer or an argument is not possible.
@@ -710,9 +687,8 @@ def run_conditional_diffusion_inference(
 
 
 def fill_masks(model, x, end, config, seeds, in_blocks):
-    """Fill every MASK of x [N, L]; yields x before the first pass and after each. A model of blocks first fills the
-    holes before `end`, with the given text on both sides in view as in whole texts. Then it writes on, block by block,
-    the last one to its end."""
+    """Fill every MASK of x [N, L]; yields x before the first pass and after each. A model of blocks first fills holes
+    before `end`, seeing both sides as in whole texts. Then it writes on, block by block, the last one to its end."""
     if in_blocks:
         x = F.pad(x, (0, -x.shape[1] % config.block_length), value=MASK)
     yield x
@@ -729,12 +705,10 @@ def denoise(model, x, config, seeds, in_blocks):
     This is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5), and everybody else's with another choice of the
     positions to unmask. The text is cut into blocks, filled from left to right. Each pass predicts the block, draws a
     byte for each of its MASKs and unmasks some of them. (LLaDA says it the other way round: fill all, then remask all
-    but the most confident, hence the name of the field `remasking`.) Given bytes never change. A row's random
-    numbers depend on its seed and the block alone, so a batch changes nothing.
+    but the most confident, hence the field's name.) A row's random numbers depend on its seed and block alone.
 
-    All of x is in view all the time. Or, in_blocks, what comes before the block alone, as in the training of block
-    diffusion: then what was computed for finished blocks stays valid, and a pass computes the block alone (its first
-    pass the one before, too, which now is clean).
+    All of x is in view all the time. Or, in_blocks, only what comes before the block, as in training. Then what was
+    computed for finished blocks stays valid: a pass computes the block alone (at first the one before, too).
     """
     if config.remasking == "auto":
         config = dataclasses.replace(config, remasking="left_to_right" if in_blocks else "low_confidence")
@@ -743,10 +717,8 @@ def denoise(model, x, config, seeds, in_blocks):
     for block, passes in plan_blocks(x == MASK, in_blocks, config):
         seeds_of_block = [derive_seed(seed, block.start, int(in_blocks)) for seed in seeds]
         generators = [torch.Generator(x.device).manual_seed(seed) for seed in seeds_of_block]
-        for number in itertools.count():
+        for number in range(passes):
             is_masked = x[:, block] == MASK  # [N, W]
-            if not is_masked.any():  # the only wait for a GPU in a pass
-                break
             if in_blocks:
                 cache.span = slice(block.start if number else previous, block.stop)
                 hidden = model.hidden(x[:, : block.stop], cache=cache)[:, block.start - block.stop :]
@@ -759,12 +731,8 @@ def denoise(model, x, config, seeds, in_blocks):
             for_bytes, for_order = noise[:, number % 16].unbind(dim=-1)  # [N, W] each
             drawn = draw_bytes(logits, config.temperature, config.top_p, for_bytes)
             scores = score_positions(config.remasking, logits, drawn, for_order)
-            if config.remasking == "threshold":
-                counts = (is_masked & (scores >= config.confidence_threshold)).sum(dim=1).clamp(min=1)
-            else:  # an equal part of the masks, rounded up, for each of the passes left
-                counts = -(-is_masked.sum(dim=1) // max(1, passes - number))
-            is_chosen = choose_positions(is_masked, scores, counts)
-            x[:, block] = torch.where(is_chosen, drawn, x[:, block])
+            counts = -(-is_masked.sum(dim=1) // (passes - number))  # an equal part for each of the passes left
+            x[:, block] = torch.where(choose_positions(is_masked, scores, counts), drawn, x[:, block])
             yield x
         previous = block.start
 
@@ -772,10 +740,8 @@ def denoise(model, x, config, seeds, in_blocks):
 def draw_bytes(logits, temperature, top_p, uniform):
     """A byte for each row of logits [..., 256], drawn from softmax(logits / temperature), of which top_p keeps the most
     probable bytes that together reach that probability (arXiv 1904.09751). Temperature 0 takes the most probable one.
-
-    One number of `uniform` [...] is looked up in each cumulative distribution. It is float64 where the device has it:
-    float32 Gumbel noise, the usual way, silently lowers the temperature (arXiv 2409.02908).
-    """
+    `uniform` [...] is looked up in the cumulative distributions, in float64 where there is any: float32 Gumbel noise,
+    the usual way, silently lowers the temperature (arXiv 2409.02908)."""
     if not temperature:
         return logits.argmax(dim=-1)
     probs, order = (logits / temperature).softmax(dim=-1), None
@@ -793,13 +759,12 @@ def draw_bytes(logits, temperature, top_p, uniform):
 def score_positions(strategy, logits, drawn, uniform):
     """Scores [N, W], the highest is unmasked first, from logits [N, W, 256] and the bytes drawn by them [N, W]:
 
-    left_to_right                the first first
-    random                       by chance (MDLM, MD4)
-    low_confidence, threshold    probability of the drawn byte (LLaDA; Fast-dLLM, arXiv 2505.22618)
+    left_to_right     the first first; what `mask_tilt` trains
+    random            by chance (MDLM, MD4)
+    low_confidence    probability of the drawn byte (LLaDA)
 
-    The first two do not look at the drawn byte. With one byte per pass, temperature and top_p 1 they would sample
-    exactly if the predictions under all masks came from one joint distribution. Certainty prefers likely bytes, but in
-    holes it restores 76 % of the bytes where left_to_right restores 65 %. In blocks left_to_right fits `mask_tilt`.
+    One byte per pass by either of the first two at temperature and top_p 1 would sample exactly, if the predictions
+    under all masks came from one joint distribution. The last one prefers likely bytes.
     """
     if strategy == "random":
         return uniform
@@ -810,22 +775,20 @@ def score_positions(strategy, logits, drawn, uniform):
 
 def plan_blocks(is_masked, is_grid, config):
     """[(block, passes)]: the slices of is_masked [N, L] that hold a MASK, from left to right, and in how many passes
-    each is unmasked; all passes together are inference_steps, at most one for each byte and at least one for each
-    block. Blocks start at the first MASK, or if is_grid at multiples of block_length."""
-    columns = is_masked.any(dim=0).nonzero().flatten().tolist()
+    each is unmasked: inference_steps in all. Blocks start at the first MASK, or if is_grid at multiples of n."""
+    columns = is_masked[0].nonzero().flatten().tolist()
     if not columns:
         return []
     start, stop, length = columns[0], columns[-1] + 1, config.block_length or is_masked.shape[1]
-    steps = 0 if config.remasking == "threshold" else config.inference_steps
     if is_grid:
         start = start // length * length
     else:  # few passes for many blocks: longer ones
-        length = max(length, -(-(stop - start) // (steps or stop)))
+        length = max(length, -(-(stop - start) // (config.inference_steps or stop)))
     blocks = [slice(begin, min(begin + length, stop)) for begin in range(start, stop, length)]
-    masks = [int(is_masked[:, block].sum(dim=1).max()) for block in blocks]
+    masks = [int(is_masked[0, block].sum()) for block in blocks]
     blocks, masks = zip(*((block, number) for block, number in zip(blocks, masks) if number))
     passes = [1] * len(blocks)
-    for _ in range(min(steps or sum(masks), sum(masks)) - len(blocks)):
+    for _ in range(min(config.inference_steps or len(columns), len(columns)) - len(blocks)):
         passes[max(range(len(blocks)), key=lambda i: masks[i] / passes[i])] += 1
     return list(zip(blocks, passes))
 
@@ -914,7 +877,7 @@ def train(config, run_dir=None, checkpoint=None):
         bound, error = estimate_nelbo(state.ema, validation_set, num_bytes)
         log.add("scalar", "val/final_bits_per_byte", bound)
     say(f"done: {state.step:,} steps in {tqdm.format_interval(60 * state.minutes)}")
-    say(f"final {kind_of(config)} on {num_bytes:,} bytes of validation text: {with_error(bound, error)} bits per byte")
+    say(f"final {state.kind} on {num_bytes:,} bytes of validation text: {with_error(bound, error)} bits per byte")
     say(f"try the best checkpoint: python main.py generate --checkpoint '{run_dir}' --watch")
     return 128 + received[0] if received else 0
 
@@ -930,8 +893,7 @@ def reason_to_stop(state, minutes, received):
 
 
 def derive_seed(*numbers):
-    """One 63-bit seed from several numbers, such as (seed, step): each step's randomness is a function of its number,
-    so a resumed run draws what the uninterrupted one would have drawn, with no generator state to save."""
+    """One 63-bit seed from several numbers, such as (seed, step). So a resumed run draws what it would have drawn."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -990,17 +952,13 @@ def validate(state, train_set, validation_set, log):
     config, model = state.config, state.ema
     train_bound, _ = estimate_nelbo(model, train_set, config.validation_bytes)
     bound, error = estimate_nelbo(model, validation_set, config.validation_bytes)
-    of_whole = measure(model, validation_set, config.validation_bytes, 0) if model.sees_whole_texts else None
     best_before, state.best_bound = state.best_bound, min(state.best_bound, bound)
     if rank() == 0:
-        report = f"step {state.step:,}: {kind_of(config)} {with_error(bound, error)} bits per byte"
+        report = f"step {state.step:,}: {state.kind} {with_error(bound, error)} bits per byte"
         say(f"{report}, on training text {train_bound:.3f}")
         log.add("scalar", "train/bits_per_byte", train_bound)
         log.add("scalar", "val/bits_per_byte", bound)
         log.add("scalar", "val/best_bits_per_byte", state.best_bound)
-        for end, bits, accuracy in by_mask_ratio(*of_whole[1:]) if of_whole is not None else []:
-            log.add("scalar", f"validation_bits_by_mask_ratio/to_{end:03d}_percent", bits.mean())
-            log.add("scalar", f"validation_accuracy_by_mask_ratio/to_{end:03d}_percent", accuracy.mean())
         if config.num_samples:
             show_samples(state, validation_set, log, f"## {report}\n\n")
         if bound < best_before and not save_checkpoint(log.run_dir, "best.pt", state):
@@ -1052,13 +1010,9 @@ def evaluation_mode(model):
 @torch.no_grad()
 def measure(model, dataset, max_bytes=0, block_length=None, batch_size=64, seed=0):
     """Mask each block of a text once, and predict it, in the precision of the weights. Returns four float64 [blocks]:
-    its length, its mask ratio, the mean cross-entropy of the masked bytes in bits, and the accuracy: the fraction of
-    them where the most probable byte is the right one. Blocks of nothing but PAD are left out.
-
-    The noise is a function of `seed` alone, so that two calls agree and two models are compared on the same masks.
-    All processes of a distributed run take part and get the same result. If max_bytes is above 0 about so many bytes
-    are measured, in chunks spread evenly.
-    """
+    lengths, mask ratios, mean cross-entropies of the masked bytes in bits, and accuracies: the fraction of them where
+    the most probable byte is right. If max_bytes is above 0 about so many bytes are measured, in chunks spread evenly.
+    The noise is a function of `seed` alone. All processes of a distributed run take part and get the same result."""
     device, n = next(model.parameters()).device, block_length_of(model) if block_length is None else block_length
     num_chunks = len(dataset) if not max_bytes else min(len(dataset), math.ceil(max_bytes / dataset.max_length))
     chunks = np.arange(num_chunks) * len(dataset) // num_chunks
@@ -1082,8 +1036,7 @@ def mean_over_bytes(values, lengths, ratios=None):
     """(mean, standard error) of a figure of each block or chunk, weighted by the lengths; nan of a single one.
 
     Stratified mask ratios explain most of the differences, yet hardly move the mean. So given `ratios` only neighbours
-    in their order are compared: SE^2 = n / (n - 1) * sum of (w_i d_i)^2 / 2. Taken as independent, the chunks of the
-    default CPU size would seem to err five times as much as they do.
+    in their order are compared: SE^2 = n / (n - 1) * sum of (w_i d_i)^2 / 2.
     """
     weights, n = lengths / lengths.sum(), len(values)
     mean = (values * lengths).sum() / lengths.sum()  # nan if there are none
@@ -1097,9 +1050,7 @@ def with_error(value, error):
 
 
 def estimate_nelbo(model, dataset, max_bytes=0, block_length=None, batch_size=64, seed=0):
-    """(mean, standard error) of the bound of `masked_diffusion_loss` over a whole text, in bits per byte: total bits
-    over total bytes, and how far chance (of the text's chunks and of the masks) may have moved it. For the arguments
-    see `measure`."""
+    """(mean, standard error) of the bound of `masked_diffusion_loss` over a text, in bits per byte; see `measure`."""
     lengths, ratios, bits, _ = measure(model, dataset, max_bytes, block_length, batch_size, seed)
     return mean_over_bytes(bits, lengths, None if len(ratios.unique()) == 1 else ratios)
 
@@ -1113,13 +1064,9 @@ def by_mask_ratio(ratios, bits, accuracy):
 
 @torch.no_grad()
 def exact_likelihood(model, x0, order="left_to_right", start=0):
-    """Bits of each byte of x0 [B, L] from `start` on, given those before, by the chain rule: float64 [B, L - start].
-
-    x0 holds no PAD. Its bytes are revealed one by one; at each step all others are MASK. The sum is the exact -log2 of
-    p(x0[start:] | x0[:start]) of decoding in that order: `left_to_right`, as an autoregressive model has it, or
-    `most_confident_first`, which follows from the bytes seen so far alone and therefore is exact, too (DUEL, arXiv
-    2603.01367).
-    """
+    """Bits of each byte of x0 [B, L], without PAD, from `start` on by the chain rule: float64 [B, L - start].
+    The bytes are revealed one by one, the others are MASK: `left_to_right`, as in an autoregressive model, or
+    `most_confident_first`, which follows from the bytes seen so far alone, so is exact, too (arXiv 2603.01367)."""
     rows, xt = torch.arange(len(x0), device=x0.device), x0.clone()
     n = block_length_of(model) or x0.shape[1]
     xt[:, start:] = MASK
@@ -1143,7 +1090,7 @@ WORD = re.compile(rb"[\w\x80-\xff]+")  # letters of other scripts are bytes from
 def text_statistics(texts, training_text):
     """What texts (a list of bytes) look like: {figure: value}. All are fractions, but the entropy, in bits. Copied: of
     their pieces of 32 bytes, those that stand in the training text word for word. None: there is no such text."""
-    words = list(itertools.chain(*(WORD.findall(text)[1:-1] for text in texts)))  # those at the ends may be cut
+    words = [word for text in texts for word in WORD.findall(text)[1:-1]]  # those at the ends may be cut
     joined = b"".join(texts)
     frequencies = np.bincount(np.frombuffer(joined, np.uint8)) / max(1, len(joined))
     characters = "".join(text.decode(errors="replace").strip("\ufffd") for text in texts)  # an end may be cut off
@@ -1153,12 +1100,9 @@ def text_statistics(texts, training_text):
         pieces = [text[start : start + 32] for text in texts for start in range(0, len(text) - 31, 32)]
         known = sum(word in vocabulary for word in words) / max(1, len(words))
         copied = sum(piece in training_text for piece in pieces) / max(1, len(pieces))
-    return {
-        "known words": known,
-        "byte entropy": -sum(p * math.log2(p) for p in frequencies if p),
-        "invalid UTF-8": characters.count("\ufffd") / max(1, len(characters)),
-        "copied": copied,
-    }
+    entropy = -sum(p * math.log2(p) for p in frequencies if p)
+    invalid = characters.count("\ufffd") / max(1, len(characters))
+    return {"known words": known, "byte entropy": entropy, "invalid UTF-8": invalid, "copied": copied}
 
 
 FAR_OFF = {  # a figure of the samples is marked if this holds for its value and that of the text itself
@@ -1187,13 +1131,11 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
         settings = dataclasses.replace(config, **overrides)
         progress = Progress()
         run_conditional_diffusion_inference(model, prompts, response_length, settings, seed=seed, on_step=progress)
-        return progress.steps[-1].to(device)
+        return progress.last
 
     lengths, ratios, bits, accuracies = measure(model, dataset, seed=seed)
-    if block_length_of(model) == 1:
-        report("likelihood", "exact", bits, lengths=lengths)
-    else:
-        report("NELBO", "bound", bits, lengths=lengths, ratios=ratios)
+    kind = ("likelihood", "exact") if block_length_of(model) == 1 else ("NELBO", "bound")
+    report(*kind, bits, lengths=lengths, ratios=None if kind[1] == "exact" else ratios)
     if model.sees_whole_texts:
         if block_length_of(model):
             lengths, ratios, bits, accuracies = measure(model, dataset, block_length=0, seed=seed)
@@ -1209,9 +1151,8 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
     if model.sees_whole_texts:
         start = (length - hole) // 2
         holes = [[*x[:start], *[MASK] * hole, *x[start + hole :]] for x in x0.tolist()]
-        for name, overrides in (("greedy", {"temperature": 0.0}), ("drawn", {})):
-            is_right = (sample(holes, 0, **overrides) == x0)[:, start : start + hole].float().mean(dim=1)
-            report(f"infilling, {name}", "other", is_right)
+        is_right = sample(holes, 0, temperature=0.0) == x0
+        report("infilling, greedy", "other", is_right[:, start : start + hole].float().mean(dim=1))
     for kind, prompts, text in (("free", [b""] * num_chunks, x0), ("prompted", x0[:, :half].tolist(), x0[:, half:])):
         num_bytes = text.shape[1]
         samples = sample(prompts, num_bytes)[:, -num_bytes:]
@@ -1326,17 +1267,14 @@ def write_starter_corpus(config):
 def open_datasets(config, folder="."):
     """The (training, validation) datasets of a run; see CONFIG.validation_data_file. Files that are not here are looked
     for in `folder`, in which the run was started."""
-
-    def find(path):
-        return path if os.path.exists(path) else os.path.join(folder, path)
-
-    train_file, validation_file, split = find(config.train_data_file), config.validation_data_file, None
-    if validation_file == "auto":
+    paths, split = (config.train_data_file, config.validation_data_file), None
+    train_file, validation_file = (path if os.path.exists(path) else os.path.join(folder, path) for path in paths)
+    if config.validation_data_file == "auto":
         validation_file = Path(train_file).parent / "validation.txt"
         if Path(train_file).name != "train.txt" or not validation_file.exists():
             validation_file, split = train_file, file_size(train_file) * 95 // 100
             say(f"no validation text of its own: the last 5 % of {train_file} are held out for validation")
-    validation_set = ByteLevelTextDataset(find(validation_file), config.max_length, start=split or 0)
+    validation_set = ByteLevelTextDataset(validation_file, config.max_length, start=split or 0)
     train_set = ByteLevelTextDataset(train_file, config.max_length, stop=split)
     for dataset in (train_set, validation_set):
         if looks_like := what_it_looks_like(dataset.bytes[: 2**20].tobytes()):
@@ -1355,9 +1293,8 @@ def open_datasets(config, folder="."):
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalized update, for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    torch.optim.Muon does so by five fixed steps in bfloat16, one matrix after the other: 22 ms for the default size on
-    a CPU with bf16 arithmetic, and a hundred times slower products without. Here every CPU stays in float32, and
-    matrices of one shape are stacked, their momentum in the first's state: 13 ms.
+    torch.optim.Muon works in bf16, one matrix after the other: 22 ms for the default size on a CPU that has bf16, and a
+    hundred times as long elsewhere. Here CPUs stay in float32, and matrices of one shape are stacked: 13 ms.
     """
 
     def __init__(self, matrices, lr, momentum=0.9):
@@ -1382,9 +1319,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices):
-    """About U V^T for each matrix U S V^T of the stack [N, rows, columns]: three odd polynomials, each the best of its
-    degree for what the one before leaves (the method of Polar Express, arXiv 2505.16932), take all singular values from
-    1 % of the Frobenius norm on to 0.73..1.27. Muon's own five steps reach 0.7..1.2."""
+    """About U V^T for each matrix U S V^T of the stack [N, rows, columns]: three odd polynomials in the way of Polar
+    Express (arXiv 2505.16932) take all singular values from 1 % of the Frobenius norm on to 0.73..1.27."""
     x = matrices.bfloat16() if matrices.is_cuda and has_bf16("cuda") else matrices
     x = x.mT if matrices.shape[1] > matrices.shape[2] else x  # the Gram matrix of the shorter side
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -1413,11 +1349,11 @@ def build_optimizers(model, config):
 
 
 class TrainingState:
-    """Everything that changes while training, hence what a checkpoint holds. The state of random generators is not
-    among it: each step seeds them anew from its number (see `derive_seed`)."""
+    """Everything that changes while training, hence what a checkpoint holds; each step seeds its generators anew."""
 
     def __init__(self, config, checkpoint=None):
         self.config, self.step, self.minutes, self.best_bound, self.texts = config, 0, 0.0, math.inf, {}
+        self.kind = "exact likelihood" if config.block_length == 1 else "bound"
         here, is_here = os.getcwd(), os.path.exists(config.train_data_file)
         self.folder = here if is_here else (checkpoint or {}).get("folder", here)  # in which its texts are
         check_compiler_cache()
@@ -1479,14 +1415,13 @@ def save_checkpoint(run_dir, name, state):
             torch.save(state.state_dict(), file)
             file.flush()
             os.fsync(file.fileno())
-        for seconds in (0.1, 0.5, 2.0, None):
-            try:
+        for seconds in (0.1, 0.5, 2.0):
+            with suppress(PermissionError):  # on Windows a virus scanner may hold the file for a moment
                 os.replace(temporary, path)
                 return True
-            except PermissionError:  # on Windows a virus scanner may hold the file for a moment
-                if seconds is None:
-                    raise
-                time.sleep(seconds)
+            time.sleep(seconds)
+        os.replace(temporary, path)
+        return True
     except (OSError, RuntimeError) as error:  # on a full disk torch.save raises a RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1495,7 +1430,7 @@ def save_checkpoint(run_dir, name, state):
 
 
 def read_checkpoint(path):
-    """The dict of a checkpoint file. Raises InputError if it is missing, damaged or of something else."""
+    """The dict of a checkpoint file. Raises InputError: it is missing, damaged or something else."""
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -1540,10 +1475,8 @@ def newest_run():
 
 
 def load_checkpoint(path, device="auto"):
-    """A trained model, ready to evaluate and to sample: (model in eval mode with the EMA weights, its CONFIG, the
-    checkpoint's dict). `path` is a checkpoint file, or a run's folder, which means its best.pt (before any validation:
-    latest.pt); `device` is as in CONFIG and need not be the one of the training. Raises InputError: the file is
-    missing, damaged or not a checkpoint."""
+    """(model in eval mode with the EMA weights, its CONFIG, the checkpoint's dict). `path` is a checkpoint or a run's
+    folder: its best.pt, else latest.pt; `device` need not be the training's. InputError: missing or damaged."""
     path = Path(path)
     if path.is_dir():
         path = path / ("best.pt" if (path / "best.pt").exists() else "latest.pt")
@@ -1570,10 +1503,6 @@ def say(text):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered must go somewhere
             with suppress(OSError):
                 print("warning: the standard output is gone; going on without it", file=sys.stderr)
-
-
-def kind_of(config):
-    return "exact likelihood" if config.block_length == 1 else "bound"  # of the likelihoods that are reported
 
 
 class Log:
@@ -1649,15 +1578,13 @@ def announce(state, train_set, validation_set, run_dir):
     epochs = config.max_steps * bytes_per_step(config) / len(train_set.bytes)
     gpu = f" ({torch.cuda.get_device_name(config.device)})" if config.device.startswith("cuda") else ""
     end = f"or {config.max_minutes:g} minutes" if config.max_minutes else f"{epochs:.1f} times the training text"
-    shape = f"{config.num_layers} layers, {config.model_dim} wide, {config.max_length} bytes of context"
     say(f"device      {config.device}{gpu}, {config.amp_dtype}, {world_size()} process(es), torch {torch.__version__}")
-    say(f"model       {parameters:,} parameters: {shape}")
+    say(f"model       {parameters:,} parameters, {config.max_length} bytes of context")
     say(f"training    {train_set.path}, {len(train_set.bytes):,} bytes")
     say(f"validation  {validation_set.path}, {len(validation_set.bytes):,} bytes")
     say(f"steps       {state.step:,} to {config.max_steps:,} of {bytes_per_step(config):,} bytes, {end}")
     if rank() == 0:
-        say(f"logs        {run_dir.resolve()}")
-        say(f"watch       tensorboard --logdir={run_dir.parent.resolve()}")
+        say(f"watch       tensorboard --logdir={run_dir.parent.resolve()}  (this run: {run_dir.name})")
 
 
 def check_writable(path):
@@ -1696,26 +1623,15 @@ def printable(text):
 
 
 class Progress:
-    """Keeps the last two steps of a sampler, sequences x [N, L]. If watched it draws the last one on the terminal, in
-    place of the one before: masks as dim dots, fresh bytes in bold green."""
+    """Keeps the last step of a sampler, x [N, L]; if watched it is drawn on the terminal, masks as dots."""
 
     def __init__(self, is_watched=False):
-        self.steps, self.is_watched = [], is_watched and sys.stdout.isatty()
+        self.last, self.is_watched = None, is_watched and sys.stdout.isatty()
 
     def __call__(self, x):
-        self.steps = self.steps[-1:] + [x.cpu().clone()]
+        self.last = x.clone()  # the sampler goes on writing into x
         if self.is_watched:
-            print("\x1b[H\x1b[2J" + self.draw(), end="", flush=True)
-
-    def draw(self):
-        x, is_new, screen = self.steps[-1], self.steps[-1] != self.steps[-2:][0], ""
-        dim, fresh, plain = ("", "", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[1;32m", "\x1b[0m")
-        for row in zip(x.tolist(), is_new.tolist()):
-            for (is_masked, is_fresh), group in itertools.groupby(zip(*row), lambda t: (t[0] == MASK, t[1])):
-                text = show_masks(token for token, _ in group)
-                screen += (dim if is_masked else fresh if is_fresh else plain) + text + plain
-            screen += "\n"
-        return screen
+            print("\x1b[H\x1b[2J" + "\n".join(map(show_masks, x.tolist())), flush=True)  # in place of the one before
 
 
 # === Devices and processes ============================================================================================
@@ -1773,14 +1689,6 @@ def check_compiler_cache():
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": os.getcwd(), "TORCH_COMPILE_DISABLE": "1"}
 
 
-def use_allowed_cpus(quota_file="/sys/fs/cgroup/cpu.max"):
-    """In a container that may use two of 64 cores torch would start 64 threads, which wait for each other."""
-    with suppress(OSError, ValueError):
-        quota, period = Path(quota_file).read_text().split()
-        if quota != "max":
-            torch.set_num_threads(min(torch.get_num_threads(), max(1, math.ceil(int(quota) / int(period)))))
-
-
 def claim_gpu(config):
     """Makes config.device, if it is a GPU, the one that torch takes by default; in a torchrun one for each process."""
     if config.device.startswith("cuda"):
@@ -1811,8 +1719,7 @@ def distributed_run(config):
 
 @contextmanager
 def stop_signals():
-    """A list that receives SIGINT, SIGTERM or SIGHUP (a closed terminal), so that training can end in order; a second
-    signal ends it at once."""
+    """A list that receives SIGINT, SIGTERM or SIGHUP (a closed terminal), to end in order; a second ends it at once."""
     received = []
 
     def receive(number, frame):
@@ -1862,23 +1769,26 @@ def over_processes(operation, numbers):
 # === Profile ==========================================================================================================
 
 
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090": 165}  # published, dense bf16
+
+
 def count_flops(function):
     from torch.nn.attention import SDPBackend, sdpa_kernel  # imported late: no other command needs them
     from torch.utils.flop_counter import FlopCounterMode
 
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the CPU's own kernel is not counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # a CPU's kernel is not counted
         function()
     return counter.get_total_flops()
 
 
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090": 165}  # published, dense bf16
-
-
-def profile(config):
-    """Print the speed of training, its fraction of the rate of a large matrix product, its memory and where its time
-    goes by PyTorch's profiler, whose trace is written. Returns 0."""
+def profile_command(argv):
+    """Print the speed of training, its fraction of the rate of a large matrix product, and where its time goes by
+    PyTorch's profiler, whose trace is written. Returns 0."""
     from torch.utils.benchmark import Timer
 
+    parser = OneLineParser("profile", "How fast a training step is, and where its time goes.")
+    add_config_flags(parser)
+    config = CONFIG(**vars(parser.parse_args(argv)))
     if is_distributed():
         raise InputError("profile measures one process; run it without torchrun")
     claim_gpu(config)
@@ -1900,8 +1810,8 @@ def profile(config):
 
     for n in sorted({block_length_of_step(config, step) for step in range(1000)}):
         t, noise = (part[: config.batch_size] for part in training_noise(state, n))
-        one_row = x0[:1], t[:1], noise[:1]
-        flops[n] = len(t) * count_flops(lambda row=one_row: masked_diffusion_loss(state.model, *row).backward())
+        row = x0[:1], t[:1], noise[:1]
+        flops[n] = len(t) * count_flops(lambda row=row: masked_diffusion_loss(state.model, *row).backward())
         tasks[n] = lambda t=t, noise=noise: train_step(t, noise)
     timers = [Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads()) for task in tasks.values()]
     times = [[timer.timeit(1).mean for timer in timers] for _ in range(25)][5:]  # in turn; the first five warm up
@@ -1916,11 +1826,6 @@ def profile(config):
         of_peak = f", {rate / peak / 1e12:.0%} of the published peak" if peak else ""
         print(f"{kind:<12} {num_bytes / seconds[n]:,.0f} bytes/s, {seconds[n] * 1e3:,.1f} ms per step, ", end="")
         print(f"{rate / 1e9:,.1f} GFLOP/s, {rate / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large product{of_peak}")
-    if on_cuda:
-        del matrix, timers, tasks["product"]  # are not the training's
-        torch.cuda.reset_peak_memory_stats()
-        train_step(t, noise)
-        print(f"memory       {torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB at the peak, activations included")
     with torch.profiler.profile() as profiler:
         train_step(t, noise)
     run_dir = make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}"))
@@ -1956,7 +1861,7 @@ def resolve_defaults(config):
         config.amp_dtype = "bf16" if has_bf16(config.device) else "fp16" if on_cuda else "fp32"
 
 
-STRATEGIES = ("auto", "left_to_right", "random", "low_confidence", "threshold")
+STRATEGIES = ("auto", "left_to_right", "random", "low_confidence")
 MAY_BE_ZERO = "dropout block_length whole_text_share conv_width mask_ratio_std mask_tilt muon_learning_rate "
 MAY_BE_ZERO += "weight_decay warmup_steps ema_decay max_minutes inference_steps temperature num_samples seed"
 
@@ -1996,14 +1901,13 @@ def require(condition, name, value, accepted):
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose complaints are one line."""
 
+    def __init__(self, command, description=""):
+        super().__init__(f"main.py {command}", description=description, allow_abbrev=False)
+
     def error(self, message):
         dash = re.match("argument (--[a-z_]+).*: expected one argument", message)
         hint = f"a value that begins with - is written {dash[1]}=-..." if dash else "see --help"
         raise InputError(f"{message}; {hint}")
-
-
-def new_parser(command, description):
-    return OneLineParser(f"main.py {command}", description=description, allow_abbrev=False)
 
 
 def parse_bool(text):
@@ -2030,7 +1934,7 @@ def add_config_flags(parser, only=None):
 
 
 def train_command(argv):
-    parser = new_parser("[train]", "Train. Other commands: generate, evaluate, profile")
+    parser = OneLineParser("[train]", "Train. Other commands: generate, evaluate, profile")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run (folder or checkpoint); auto: the newest")
     add_config_flags(parser)
     overrides = vars(parser.parse_args(argv))
@@ -2056,12 +1960,12 @@ def load_for_command(parser, fields, argv):
     return arguments, model, dataclasses.replace(config, **overrides), path, state
 
 
-SAMPLING = ["block_length", "remasking", "inference_steps", "confidence_threshold", "temperature", "top_p"]
+SAMPLING = ["block_length", "remasking", "inference_steps", "temperature", "top_p"]
 
 
 def generate_command(argv):
     fields = [*SAMPLING, "seed", "device"]
-    parser = new_parser("generate", "Write text after a prompt, before a suffix, or into holes.")
+    parser = OneLineParser("generate", "Write text after a prompt, before a suffix, or into holes.")
     about = "text to continue; {12} is a hole of 12 bytes, {2-12} one of 2 to 12, whichever fits, {{ and }} are braces "
     parser.add_argument("--prompt", help=about + "(default: what follows an empty line)")
     parser.add_argument("--suffix", default="", help="text to lead up to, which may have such holes, too")
@@ -2103,8 +2007,8 @@ def holes_to_masks(text):
 
 def choose_length_of_hole(model, prompt, suffix, config):
     """A prompt with one hole of unknown length, {2-12}, gets the length that fits best: each is filled greedily, and
-    the one stays that makes the hole and what is given after it most probable together. That is their exact likelihood
-    from left to right, so lengths are comparable: all are probabilities of a text that goes on so."""
+    the one stays whose hole and what is given after it are most probable together, by their exact likelihood from left
+    to right. So lengths are comparable."""
     hole = re.search(r"(?<!\{)\{([1-9][0-9]{0,3})-([1-9][0-9]{0,3})\}(?!\})", prompt)
     if not hole:
         return prompt
@@ -2115,13 +2019,13 @@ def choose_length_of_hole(model, prompt, suffix, config):
         variant, progress = prompt[: hole.start()] + f"{{{length}}}" + prompt[hole.end() :], Progress()
         run_conditional_diffusion_inference(model, holes_to_masks(variant) + suffix, 0, greedy, on_step=progress)
         start = len(holes_to_masks(prompt[: hole.start()]))
-        bits[variant] = exact_likelihood(model, progress.steps[-1].to(model.rope.device), start=start).sum().item()
+        bits[variant] = exact_likelihood(model, progress.last, start=start).sum().item()
     return min(bits, key=bits.get)
 
 
 def evaluate_command(argv):
     fields = [*SAMPLING, "train_data_file", "validation_data_file", "max_length", "device"]
-    parser = new_parser("evaluate", "Likelihoods, infilling and samples of a model, with their errors.")
+    parser = OneLineParser("evaluate", "Likelihoods, infilling and samples of a model, with their errors.")
     parser.add_argument("--file", metavar="TEXT", help="another text to evaluate on")
     parser.add_argument("--chunks", type=int, default=16, help="chunks, holes and samples of each figure but the bound")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -2131,8 +2035,7 @@ def evaluate_command(argv):
     require(0 <= arguments.seed < 2**63, "seed", arguments.seed, "0 to 2^63 - 1")
     training_text = None
     with redirect_stdout(sys.stderr):  # notices; the standard output is for the figures
-        if arguments.file is not None:
-            dataset = ByteLevelTextDataset(arguments.file, config.max_length)
+        dataset = None if arguments.file is None else ByteLevelTextDataset(arguments.file, config.max_length)
         try:
             train_set, own_dataset = open_datasets(config, state.get("folder", "."))
             training_text = train_set.bytes[: 2**24].tobytes()  # samples are compared with so much of it
@@ -2143,22 +2046,15 @@ def evaluate_command(argv):
                 folders = f"here and in {state.get('folder')}"
                 raise InputError(f"{error} (looked for {folders}), or give --file TEXT") from None
             say(f"notice: {error}; known words and copied text cannot be told without the training text")
-        dataset = own_dataset if arguments.file is None else dataset
+        dataset = dataset or own_dataset
     rows = evaluate(model, config, dataset, training_text, arguments.chunks, arguments.seed)
     print(json.dumps(rows, indent=2) if arguments.json else as_table(rows))
     print(f"({path}, step {state['step']:,}, {dataset.path}, {len(dataset.bytes):,} bytes)", file=sys.stderr)
     return 0
 
 
-def profile_command(argv):
-    parser = new_parser("profile", "How fast a training step is, and where its time goes.")
-    add_config_flags(parser)
-    return profile(CONFIG(**vars(parser.parse_args(argv))))
-
-
-COMMANDS = {
-    "train": train_command, "generate": generate_command, "evaluate": evaluate_command, "profile": profile_command
-}  # fmt: skip
+COMMANDS = {"train": train_command, "generate": generate_command, "evaluate": evaluate_command}
+COMMANDS["profile"] = profile_command
 
 
 def main(argv=None):
@@ -2169,7 +2065,6 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
         is_console = sys.stdout.isatty()  # one that is not UTF-8 shows what it can; a file or pipe loses nothing
         sys.stdout.reconfigure(encoding=None if is_console else "utf-8", errors="replace")
-    use_allowed_cpus()
     command, rest = (COMMANDS[argv[0]], argv[1:]) if argv and argv[0] in COMMANDS else (train_command, argv)
     try:
         return command(rest)

@@ -138,7 +138,7 @@ def test_help_explains_every_field(capsys):
 
 
 def test_every_field_can_be_set_by_its_flag():
-    parser = main.new_parser("", "")
+    parser = main.OneLineParser("", "")
     main.add_config_flags(parser)
     for field in dataclasses.fields(main.CONFIG):
         value = {int: 7, float: 0.25, bool: False, str: "word"}[field.type]

@@ -124,15 +124,10 @@ def test_a_run_writes_what_the_readme_promises(text_folder):
     assert run_dir.name.startswith("diffusion_")
     assert {"latest.pt", "best.pt", "config.json", "samples.txt"} < {p.name for p in run_dir.iterdir()}
     scalars = read_scalars(run_dir)
-    tens = {
-        f"validation_{kind}_by_mask_ratio/to_{n:03d}_percent"
-        for kind in ("bits", "accuracy")
-        for n in range(10, 101, 10)
-    }
     assert set(scalars) == {
         *("train/loss", "train/bits_per_byte", "train/learning_rate", "train/gradient_norm", "train/bytes_per_second"),
         "train/loss_of_whole_texts",
-        *("val/bits_per_byte", "val/best_bits_per_byte", "val/final_bits_per_byte", *tens),
+        *("val/bits_per_byte", "val/best_bits_per_byte", "val/final_bits_per_byte"),
     }
     assert sorted(scalars["train/loss"]) == [10, 20, 30]
     assert sorted(scalars["val/bits_per_byte"]) == [10, 20, 30]
@@ -140,8 +135,7 @@ def test_a_run_writes_what_the_readme_promises(text_folder):
     events = read_events(run_dir)
     texts = {"samples/text_summary", "settings/text_summary"}
     assert texts <= set(events.Tags()["tensors"])
-    assert str(run_dir.resolve()) in console
-    assert "tensorboard --logdir=" in console
+    assert f"tensorboard --logdir={run_dir.parent.resolve()}  (this run: {run_dir.name})" in console
     for word in ("cpu", "fp32", "parameters", "bytes", "times the training text", "left"):
         assert word in console
     assert "\r" not in console
@@ -187,14 +181,14 @@ def test_validation_measures_and_samples_the_ema_weights_by_the_one_door_to_the_
     (state,) = states
     assert not torch.equal(state.ema.output.weight, state.model.output.weight)
     assert [model is state.ema for model in sampled] == [True]
-    assert [model is state.ema for model in measured] == [True] * 4  # both texts, by mask ratio, and at the end
+    assert [model is state.ema for model in measured] == [True] * 3  # both texts, and at the end
     events = read_events(run_dir)
     (samples,) = events.Tensors("samples/text_summary")
     text = samples.tensor_proto.string_val[0].decode()
     shown = re.findall(r"(?:prompt|model|truth)\n\n {4}(.*)\n", text)
     assert len(shown) == 3
     assert f"prompt  {shown[0]!r}" in console
-    assert f"model   {shown[1]!r}" in console
+    assert f"model   {shown[1]!r}"[:-1] in console  # a new model may write what ends a line
 
 
 def test_a_model_of_a_text_that_is_half_spaces_does_not_answer_with_spaces_alone(tmp_path):

@@ -26,8 +26,6 @@ LLADA = "LLaDA's algorithm, blocks of 16"
 ROWS = """
 
 --remasking random
---remasking threshold --confidence_threshold 0.9
---remasking threshold --confidence_threshold 0.5
 --top_p 1
 --bytes_per_pass 2
 --bytes_per_pass 4

@@ -85,7 +85,7 @@ class CONFIG:
 
     # The two default sizes: 0.8 M parameters for six minutes on two cores, 10.8 M for a GPU
     model_dim: int = by_size(cpu=128, gpu=384)  # [D] width of the residual stream
-    num_layers: int = by_size(cpu=4, gpu=6)  # transformer blocks
+    num_layers: int = by_size(cpu=4, gpu=6)  # transformer layers
     num_heads: int = by_size(cpu=4, gpu=6)  # [H] attention heads; model_dim / num_heads must be even for RoPE
     kv_latent_dim: int = by_size(cpu=64, gpu=256)  # [R] width of the latent of keys and values; mha has none
     ffn_dim: int = by_size(cpu=352, gpu=1024)  # hidden width of the feed-forward network, usually 8/3 of model_dim
@@ -109,11 +109,11 @@ class CONFIG:
 
     # What makes the model learn faster (README, What differs from the papers). The bell: arXiv 2605.13026;
     # the convolution gives bytes the local contiguity that 2605.12928 finds them to lack. Off: 0, and for the power 1
-    conv_width: int = 9  # bytes, odd: depthwise convolution before each block
+    conv_width: int = 9  # bytes, odd: depthwise convolution before each layer
     mask_ratio_std: float = 0.1  # standard deviation of whole texts' mask ratios around 0.45; 0: uniform, the bound
     block_mask_power: float = 0.5  # a block's mask ratio is t ** power, t uniform: below 1 masks more; 1: the bound
     mask_tilt: float = 1.0  # how much more the later bytes of a block are masked than the first; 0: alike, the bound
-    muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the blocks; 0: AdamW for all
+    muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the layers; 0: AdamW for all
 
     # Optimization
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
@@ -466,7 +466,7 @@ class MaskPredictor(nn.Module):
         table = rope_table(config.rope_max_length_buffer, rope_dim, config.rope_theta)
         self.register_buffer("rope", table, persistent=False)
         for name, module in self.named_modules():  # the embedding keeps PyTorch's N(0, 1)
-            if name.endswith(("wo", "w2", "output")):  # each block starts as the identity, the output as uniform
+            if name.endswith(("wo", "w2", "output")):  # each layer starts as the identity, the output as uniform
                 nn.init.zeros_(module.weight)
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -1334,7 +1334,7 @@ POLYNOMIALS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -
 
 
 def build_optimizers(model, config):
-    """[AdamW, Muon]: Muon for the matrices of the blocks, AdamW (arXiv 1711.05101) for embedding, head and vectors; or
+    """[AdamW, Muon]: Muon for the matrices of the layers, AdamW (arXiv 1711.05101) for embedding, head and vectors; or
     AdamW alone if muon_learning_rate is 0. Weight decay is AdamW's, decoupled and on matrices only."""
     hidden = [module.weight for module in model.layers.modules() if isinstance(module, nn.Linear)]
     matrices = [model.tok_embeddings.weight, model.output.weight] + ([] if config.muon_learning_rate else hidden)

@@ -1212,15 +1212,15 @@ where = under the bridge | behind the church | beside the road | in the tall gra
     near the river | in an old house | under a stone
 day = day | morning | evening | summer day | rainy day | windy night
 opening = Once there was a {trait} {animal} named {name} who lived in the {home}. |
-    A {trait} {animal} named {name} lived in the {home}.
-find = One {day} {they} found a {color} {thing} {where}. |
-    One {day} {name} saw something {where}. It was a {color} {thing}!
-lose = One {day} {they} lost {their} {color} {thing}. {friend} the {species} found it {where}. |
-    One {day} {their} {color} {thing} was gone. It was {where}.
+    A {trait} {animal} named {name} loved {food}.
+find = One {day} {name} found a {color} {thing} {where}. |
+    One {day} {name} saw something {where}. It was a {color} {thing}! |
+    One {day} {name} lost {their} {color} {thing}. It was {where}. |
+    One {day} {their} {color} {thing} was gone. {name} found it {where}.
 use = The {thing} {deed}. | And the {thing} {deed}!
 end = {They} went home and ate all the {food}. | "What a day!" said {name}. | {They} told {friend} the {species}. |
     {name} and {friend} the {species} became friends.
-story = {opening} {find} {use} {end} | {opening} {lose} {use} {end}
+story = {opening} {find} {use} {end}
 """
 
 

@@ -1968,7 +1968,7 @@ def generate_command(argv):
     parser = OneLineParser("generate", "Write text after a prompt, before a suffix, or into holes.")
     about = "text to continue; {12} is a hole of 12 bytes, {2-12} one of 2 to 12, whichever fits, {{ and }} are braces "
     parser.add_argument("--prompt", help=about + "(default: what follows an empty line)")
-    parser.add_argument("--suffix", default="", help="text to lead up to, which may have such holes, too")
+    parser.add_argument("--suffix", default="", help="text to lead up to, which may have holes of known length, too")
     parser.add_argument("--response_length", type=int, help="bytes to write (default: up to max_length; 0 with holes)")
     about = r"end with this text, such as \n for a line (default: without a prompt an empty line, else nothing)"
     parser.add_argument("--until", metavar="TEXT", help=about)

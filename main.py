@@ -9,10 +9,10 @@
     python main.py profile                                how fast a training step is, and where its time goes
     torchrun --nproc_per_node=8 main.py                   the same training on eight GPUs
 
-The idea: replace k of n bytes of a text by MASK and let a transformer that sees in both directions predict them all.
-Train it for every k from 1 to n. It writes by starting from n times MASK and unmasking step by step. One dial,
+The idea: replace k of the n bytes of a block by MASK and let a transformer that sees in both directions predict them
+all. Train it for every k from 1 to n. It writes by starting from n times MASK and unmasking step by step. One dial,
 block_length, goes from the autoregressive model (n = 1) over block diffusion (each block of n bytes is written after
-those before it) to LLaDA (n = L, the whole text). Some steps are on whole texts in any case, to teach filling holes.
+those before it) to LLaDA (0: one block, the whole text). Between these some steps are on whole texts, to teach holes.
 
 Shapes: B sequences, L bytes each, n block_length, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values;
 P positions of an input; in the sampler N sequences, W positions of a block.
@@ -83,7 +83,7 @@ def by_size(cpu, gpu):
 class CONFIG:
     """All settings of a run, checked on creation: an InputError names the field, its value and what it accepts."""
 
-    # The two default sizes: 0.8 M parameters for six minutes on two cores, 10.8 M for a GPU
+    # The two default sizes: 0.8 M parameters for six minutes of training on two cores, 10.8 M for a GPU
     model_dim: int = by_size(cpu=128, gpu=384)  # [D] width of the residual stream
     num_layers: int = by_size(cpu=4, gpu=6)  # transformer layers
     num_heads: int = by_size(cpu=4, gpu=6)  # [H] attention heads; model_dim / num_heads must be even for RoPE
@@ -107,8 +107,8 @@ class CONFIG:
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
 
-    # What makes the model learn faster (README, What differs from the papers). The bell: arXiv 2605.13026;
-    # the convolution gives bytes the local contiguity that 2605.12928 finds them to lack. Off: 0, and for the power 1
+    # What makes the model learn faster (README, What differs from the papers). The bell of mask ratios: arXiv
+    # 2605.13026; the convolution gives bytes the local contiguity that 2605.12928 misses. Off: 0, and for the power 1
     conv_width: int = 9  # bytes, odd: depthwise convolution before each layer
     mask_ratio_std: float = 0.1  # standard deviation of whole texts' mask ratios around 0.45; 0: uniform, the bound
     block_mask_power: float = 0.5  # a block's mask ratio is t ** power, t uniform: below 1 masks more; 1: the bound
@@ -125,7 +125,7 @@ class CONFIG:
 
     # Sampling
     remasking: str = "auto"  # the order, see score_positions; auto: left_to_right in blocks, low_confidence elsewhere
-    inference_steps: int = 0  # forward passes in all, at least one per block; 0: one per byte
+    inference_steps: int = 0  # forward passes for holes, and again for what follows, one per block or more; 0: per byte
     temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
     top_p: float = 0.8  # bytes are drawn from the most probable ones that together reach this probability
     num_samples: int = 3  # prompts from the validation text that each validation continues
@@ -181,7 +181,7 @@ class ByteLevelTextDataset(Dataset):
         return self.read(np.array([range(len(self))[index] * self.max_length]))[0]  # range raises the IndexError
 
     def random_crops(self, seed, step, rows, num_rows):
-        """Rows `rows`, a slice, of the `num_rows` sequences of a step, which begin anywhere: uint8 [rows, max_length].
+        """The slice `rows` of the `num_rows` sequences of a step, which begin anywhere: uint8 [R, max_length].
         A function of (seed, step), so any split of the batch, and a resumed run, finds its own rows."""
         num_starts = len(self.bytes) - self.max_length + 1
         starts = np.random.default_rng([seed, step]).integers(num_starts, size=num_rows)[rows]
@@ -222,8 +222,8 @@ class RMSNorm(nn.RMSNorm):
 
 @dataclass
 class Layout:
-    """What the layers know of their input beside its values; of objectives they know nothing. There may be two streams:
-    the first C of the P positions are the clean text, the others the noisy one."""
+    """What the layers know of their input beside its values. There may be two streams: the first C of the P positions
+    are the clean text, the others the noisy one."""
 
     rope: torch.Tensor  # [P, 2, d], of each position's place in the text
     parts: list  # who attends to whom: ((start, stop) of some queries, [(start, stop), ...] of their keys, sees); sees,
@@ -236,7 +236,8 @@ class Layout:
 
 
 def attend(q, k, v, sees, is_causal):
-    """Softmax attention. On a CPU in float32: two streams of the default size take 10 ms there and back, in bf16 18."""
+    """Softmax attention. On a CPU in float32: two streams of the default size take 10 ms both ways,
+    in bf16 18."""
     dtype, on_cpu = v.dtype, v.device.type == "cpu"
     with torch.autocast(v.device.type, enabled=False):  # which would change the precision back
         if on_cpu and dtype.itemsize == 2:
@@ -253,7 +254,7 @@ def in_parts(sees, num_clean, n, count=4):
         for start in range(stream, end, step):
             stop = min(start + step, end)
             keys = [(0, min(stop - stream, num_clean))] + ([(start, stop)] if stream else [])
-            seen = pick(sees[..., start:stop, :], keys, dim=-1).clone()  # a compiled layer takes no two views of it
+            seen = pick(sees[..., start:stop, :], keys, dim=-1).clone()  # torch.compile rejects two views of it
             parts.append(((start, stop), keys, seen))
     return parts
 
@@ -343,7 +344,7 @@ ATTENTIONS = {"simplified_mla": SimplifiedMLAttention, "mla": MultiHeadLatentAtt
 
 def mish(x):
     """x * tanh(softplus(x)) (arXiv 1908.08681) by one exponential. F.mish takes three on a CPU: a compiled feed-forward
-    network of the default size takes 11.1 ms with it and 7.8 ms with this (2,032 positions, bf16, there and back)."""
+    network of the default size takes 11.1 ms with it, 7.8 ms with this (2,032 positions, bf16, both ways)."""
     exp = torch.exp(x.float().clamp(max=20))  # beyond 20 it is x to the last bit; float16 would overflow at 5.5
     ratio = exp * (exp + 2)
     return x * (ratio / (ratio + 2)).to(x.dtype)
@@ -411,7 +412,7 @@ class DepthwiseConvolution(nn.Module):
         return total
 
     def of_span(self, known, length, in_block):
-        """The same for the last `length` of the positions known [N, K, D], with the fewest kernels, as not compiled."""
+        """The same for the last `length` of the positions known [N, K, D], in few kernels: this is not compiled."""
         weight, width = self.weight.to(known.dtype), self.weight.shape[0]
         part = F.pad(known, (0, 0, self.left + length - known.shape[1], width - 1 - self.left))
         if in_block is None:
@@ -448,16 +449,16 @@ class MaskPredictor(nn.Module):
     """The transformer of the masked diffusion model. It gets no time as input: the number of MASKs says as much.
 
     A text of L bytes is cut into blocks of n = block_length bytes, and a byte sees its own block and those before.
-    n = L (or 0) is LLaDA, 1 < n < L block diffusion. n = 1 is the autoregressive twin: causal, on a sequence shifted by
-    one, so that position i sees MASK and the bytes before i, and its logits predict byte i, too.
+    n = 0, one block for all, is LLaDA, 1 < n < L block diffusion. n = 1 is the autoregressive twin: causal, on a
+    sequence shifted by one, so that position i sees MASK and the bytes before i, and its logits predict byte i, too.
     """
 
     def __init__(self, config):
         super().__init__()
         n, L = config.block_length, config.max_length
-        require(not n or L % n == 0, "block_length", n, f"a divisor of max_length={L}, or 0")
+        require(not n or L % n == 0 and n < L, "block_length", n, f"a divisor of max_length={L} below it, or 0")
         self.block_length, self.max_length, self.conv_width = n, L, config.conv_width
-        self.sees_whole_texts = n in (0, L) or n > 1 and config.whole_text_share > 0
+        self.sees_whole_texts = n == 0 or n > 1 and config.whole_text_share > 0
         self.tok_embeddings = nn.Embedding(NUM_TOKENS, config.model_dim)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim)
@@ -490,8 +491,7 @@ class MaskPredictor(nn.Module):
         n = (self.block_length if block_length is None else block_length) or length
         if n == 1:
             known = tokens if clean is None else clean
-            shifted = F.pad(known[:, :-1], (1, 0), value=MASK)
-            tokens, clean = shifted.masked_fill((shifted == PAD) & (known != PAD), MASK), None  # after leading PAD
+            tokens, clean = F.pad(known[:, :-1], (1, 0), value=MASK), None
         num_clean = 0 if clean is None else (length - 1) // n * n  # the last block, clean, is seen by nobody
         if num_clean:
             tokens = torch.cat([clean[:, :num_clean], tokens], dim=1)  # [B, P]
@@ -599,8 +599,8 @@ def mean_of_masked(values, is_masked, num_blocks):
 
 
 def masked_diffusion_loss(model, x0, t=None, noise=None):
-    """The negative evidence lower bound (NELBO, here "the bound"): an upper bound of -log p(x0) / L. (With the t of
-    training, see `training_mask_ratios`, it is weighted otherwise, and no bound.)
+    """The negative evidence lower bound (NELBO, here "the bound"): an upper bound of -log p(x0) / L. (With the t
+    and noise of training, see `training_noise`, it is weighted otherwise, and no bound.)
 
     LLaDA (eq. 3), MDLM and MD4 write it as E_t[(1/t) sum of masked cross-entropies], t ~ U(0, 1), each byte masked with
     probability t. Group the draws by their number k of masks: the integral of Binomial(k; L, t) / t over t is 1/k for
@@ -608,11 +608,11 @@ def masked_diffusion_loss(model, x0, t=None, noise=None):
 
         E_{k ~ Uniform{1..L}}  E_{masks of k bytes}  [ mean cross-entropy of the k masked bytes ]
 
-    There is no 1/t to blow up. The mean is taken within each sequence, then over the sequences; dividing by the number
-    of masks in the whole batch would be another objective. Block diffusion (BD3-LM, arXiv 2503.09573) is the same in
-    each block of n bytes, given the clean ones before: by the chain rule a bound, too, and for n = 1 the likelihood.
+    There is no 1/t to blow up. The mean is taken within each block, then over blocks and sequences; dividing by the
+    number of masks in the whole batch would be another objective. Block diffusion (BD3-LM, arXiv 2503.09573) is that
+    in each block of n bytes, given the clean ones before: by the chain rule a bound, too; for n = 1 the likelihood.
 
-    `model` maps int64 [B, L] to logits [B, L, 256]; x0 is int64 [B, L], clean bytes, PAD where a sequence is shorter; t
+    `model` is a MaskPredictor, or called like one; x0 is int64 [B, L], clean bytes, PAD where a sequence is shorter; t
     and noise are as of `draw_noise`, by default drawn by torch's generator. Returns a scalar, nats per byte.
     """
     if t is None:
@@ -648,7 +648,7 @@ def run_conditional_diffusion_inference(
     Raises InputError if the whole exceeds rope_max_length_buffer or an argument is not possible.
     """
     is_batch = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], (int, np.integer)))
-    suffix, until, on_step = to_tokens(suffix), to_tokens(until or ""), on_step or (lambda x: None)
+    suffix, until, on_step = to_tokens(suffix, "suffix"), to_tokens(until or "", "until"), on_step or (lambda x: None)
     texts = [to_tokens(one) + [MASK] * response_length + suffix for one in (prompt if is_batch else [prompt])]
     seed = config.seed if seed is None else seed
     require(seed >= 0, "seed", seed, "0 or more")
@@ -707,8 +707,8 @@ def denoise(model, x, config, seeds, in_blocks):
     byte for each of its MASKs and unmasks some of them. (LLaDA says it the other way round: fill all, then remask all
     but the most confident, hence the field's name.) A row's random numbers depend on its seed and block alone.
 
-    All of x is in view all the time. Or, in_blocks, only what comes before the block, as in training. Then what was
-    computed for finished blocks stays valid: a pass computes the block alone (at first the one before, too).
+    A pass sees all of x. Or, in_blocks, only the block and those before it, as in training. Then what was computed for
+    finished blocks stays valid: a pass computes the block alone (at first the one before, too).
     """
     if config.remasking == "auto":
         config = dataclasses.replace(config, remasking="left_to_right" if in_blocks else "low_confidence")
@@ -802,14 +802,14 @@ def after(x, end, until):
     return is_over.cumsum(dim=1) > 0
 
 
-def to_tokens(text):
-    """A prompt as a list of ints, 0..255 and MASK."""
+def to_tokens(text, name="prompt"):
+    """A text as a list of ints, 0..255 and MASK. Raises InputError, which calls it by `name`."""
     try:
         tokens = list(text.encode(errors="surrogateescape") if isinstance(text, str) else text)
     except UnicodeEncodeError as error:
-        raise InputError(f"prompt: {error.object[error.start]!r} is half a character; give bytes instead") from None
+        raise InputError(f"{name}: {error.object[error.start]!r} is half a character; give bytes instead") from None
     for token in tokens:
-        require(0 <= token < NUM_BYTES or token == MASK, "prompt", token, f"made of bytes 0..255 and MASK={MASK}")
+        require(0 <= token < NUM_BYTES or token == MASK, name, token, f"made of bytes 0..255 and MASK={MASK}")
     return [int(token) for token in tokens]
 
 
@@ -926,7 +926,7 @@ def learning_rate_scale(config, step, minutes):
 
 @torch.no_grad()
 def optimizer_step(state):
-    """Clip the gradients, update and average the weights; returns the norm of the gradients before. In fp16 a step
+    """Clip the gradients, update and average the weights; returns the gradient norm before clipping. In fp16 a step
     whose gradients are not finite is skipped, and the GradScaler lowers its scale."""
     config, scaler = state.config, state.scaler
     scale = learning_rate_scale(config, state.step, state.minutes)
@@ -978,7 +978,7 @@ def show_samples(state, validation_set, log, report):
     for prompt, written, truth in zip(prompts, steps[-1].tolist(), x0):
         texts = {"prompt": prompt, "model": written[prompt_length:], "truth": truth[prompt_length:]}
         for title, text in ((title, bytes(tokens).decode(errors="replace")) for title, tokens in texts.items()):
-            say(f"    {title:<6}  {text[-60:] if title == 'prompt' else text[:60]!r}")  # fits 80 columns
+            say(f"    {title:<6}  {text[-60:] if title == 'prompt' else text[:60]!r}")  # about 80 columns
             report += as_code(title, text)
     for number in range(1, len(steps), math.ceil(len(steps) / 4)):
         title = f"the first sample after {number} of {len(steps) - 1} passes"
@@ -1033,10 +1033,11 @@ def measure(model, dataset, max_bytes=0, block_length=None, batch_size=64, seed=
 
 
 def mean_over_bytes(values, lengths, ratios=None):
-    """(mean, standard error) of a figure of each block or chunk, weighted by the lengths; nan of a single one.
+    """(mean, standard error) of a figure of each block or chunk, weighted by length; of one alone the error is nan.
 
-    Stratified mask ratios explain most of the differences, yet hardly move the mean. So given `ratios` only neighbours
-    in their order are compared: SE^2 = n / (n - 1) * sum of (w_i d_i)^2 / 2.
+    Stratified mask ratios explain most of the differences, yet hardly move the mean. So given `ratios` the deviations
+    d_i from the mean, weighted by w_i, are compared with the next in the order of the ratios alone:
+    SE^2 = n / (n - 1) * sum of (w_{i+1} d_{i+1} - w_i d_i)^2 / 2.
     """
     weights, n = lengths / lengths.sum(), len(values)
     mean = (values * lengths).sum() / lengths.sum()  # nan if there are none
@@ -1049,9 +1050,9 @@ def with_error(value, error):
     return f"{value:.3f}" + ("" if error is None or math.isnan(error) else f" ± {error:.3f}")
 
 
-def estimate_nelbo(model, dataset, max_bytes=0, block_length=None, batch_size=64, seed=0):
+def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
     """(mean, standard error) of the bound of `masked_diffusion_loss` over a text, in bits per byte; see `measure`."""
-    lengths, ratios, bits, _ = measure(model, dataset, max_bytes, block_length, batch_size, seed)
+    lengths, ratios, bits, _ = measure(model, dataset, max_bytes, None, batch_size, seed)
     return mean_over_bytes(bits, lengths, None if len(ratios.unique()) == 1 else ratios)
 
 
@@ -1064,7 +1065,7 @@ def by_mask_ratio(ratios, bits, accuracy):
 
 @torch.no_grad()
 def exact_likelihood(model, x0, order="left_to_right", start=0):
-    """Bits of each byte of x0 [B, L], without PAD, from `start` on by the chain rule: float64 [B, L - start].
+    """Bits of each byte of x0 [B, L] (no PAD in it) from `start` on by the chain rule: float64 [B, L - start].
     The bytes are revealed one by one, the others are MASK: `left_to_right`, as in an autoregressive model, or
     `most_confident_first`, which follows from the bytes seen so far alone, so is exact, too (arXiv 2603.01367)."""
     rows, xt = torch.arange(len(x0), device=x0.device), x0.clone()
@@ -1088,7 +1089,7 @@ WORD = re.compile(rb"[\w\x80-\xff]+")  # letters of other scripts are bytes from
 
 
 def text_statistics(texts, training_text):
-    """What texts (a list of bytes) look like: {figure: value}. All are fractions, but the entropy, in bits. Copied: of
+    """What texts (a list of bytes) look like: {figure: value}. All are fractions, except the entropy (bits). Copied: of
     their pieces of 32 bytes, those that stand in the training text word for word. None: there is no such text."""
     words = [word for text in texts for word in WORD.findall(text)[1:-1]]  # those at the ends may be cut
     joined = b"".join(texts)
@@ -1186,7 +1187,7 @@ def file_size(path):
 
 
 def what_it_looks_like(text):
-    """What a text may be against its owner's will, and how to convert it; None: plain UTF-8, or nearly."""
+    """What a text seems to be if not UTF-8, and how to convert it; None: UTF-8, or nearly."""
     if text.startswith((b"\x1f\x8b", b"PK\x03\x04")):
         return "a gzip or zip archive (unpack it with gunzip or unzip)"
     if text.startswith((b"\xff\xfe", b"\xfe\xff")) or text[:4096].count(0) > 0.3 * len(text[:4096]):
@@ -1349,7 +1350,7 @@ def build_optimizers(model, config):
 
 
 class TrainingState:
-    """Everything that changes while training, hence what a checkpoint holds; each step seeds its generators anew."""
+    """Everything that changes while training. A checkpoint holds it and CONFIG; each step seeds its generators anew."""
 
     def __init__(self, config, checkpoint=None):
         self.config, self.step, self.minutes, self.best_bound, self.texts = config, 0, 0.0, math.inf, {}
@@ -1370,8 +1371,7 @@ class TrainingState:
         for name, dataset in (("training", train_set), ("validation", validation_set)):
             identity = dataset.identity()
             if self.texts.get(name, identity) != identity:
-                what = f"{dataset.path} is another {name} text than before"
-                say(f"warning: {what}; the best bound and best.pt begin anew")
+                say(f"warning: {dataset.path} is another {name} text than before; best bound and best.pt begin anew")
                 self.best_bound = math.inf
             self.texts[name] = identity
 
@@ -1494,7 +1494,7 @@ def load_checkpoint(path, device="auto"):
 
 
 def say(text):
-    """Print a line above the progress bar, once per run."""
+    """Print a line above the progress bar, on the first process alone."""
     if rank() == 0:
         try:
             tqdm.write(text)
@@ -1588,7 +1588,7 @@ def announce(state, train_set, validation_set, run_dir):
 
 
 def check_writable(path):
-    """Raises InputError if the folder, or for a file the one it is in, does not let files be made in it."""
+    """Raises InputError if this folder, or the one in which it would be made, does not let files be made in it."""
     folder = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         why = "is no folder" if not folder.is_dir() else "does not let you write"
@@ -1640,7 +1640,7 @@ AMP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def has_bf16(device):
-    """Whether it computes in bf16 itself; elsewhere that is emulated, on a CPU a hundred times slower."""
+    """Whether the device computes in bf16; elsewhere that is emulated, on a CPU a hundred times slower."""
     if device == "cpu":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 or newer
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
@@ -1653,8 +1653,8 @@ def autocast(config):
 
 
 def compile_loss(model, config):
-    """`masked_diffusion_loss` as one compiled graph, masks and cross-entropy included; tried on one batch. Where that
-    fails (no C++ compiler, Windows) one warning, and the function itself."""
+    """`masked_diffusion_loss` as one compiled graph, masks and cross-entropy included; tried on a batch of each kind.
+    Where it fails (no C++ compiler, Windows) one warning, and the function itself."""
     if not config.compile or config.device == "mps":  # compiling for Apple's GPUs is a prototype, at times wrong
         return masked_diffusion_loss
     say("compiling the model, which takes a minute or two ...")
@@ -1926,10 +1926,8 @@ def add_config_flags(parser, only=None):
             default = default if only is None or field.name == "device" else "that of the run"
             about = f"{comments.get(field.name, '')} (default: {default})".replace("%", "%%")
             options = {"type": field.type, "metavar": field.type.__name__.upper(), "help": about}
-            if field.type is bool:  # --compile, --compile false, --no-compile
+            if field.type is bool:  # --compile, --compile false
                 options |= {"type": parse_bool, "nargs": "?", "const": True}
-                no = {"dest": field.name, "action": "store_false", "help": f"the same as --{field.name} false"}
-                parser.add_argument(f"--no-{field.name}", f"--no_{field.name}", default=argparse.SUPPRESS, **no)
             parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)  # only given flags override
 
 
@@ -1968,7 +1966,7 @@ def generate_command(argv):
     parser = OneLineParser("generate", "Write text after a prompt, before a suffix, or into holes.")
     about = "text to continue; {12} is a hole of 12 bytes, {2-12} one of 2 to 12, whichever fits, {{ and }} are braces "
     parser.add_argument("--prompt", help=about + "(default: what follows an empty line)")
-    parser.add_argument("--suffix", default="", help="text to lead up to, which may have holes of known length, too")
+    parser.add_argument("--suffix", default="", help="text to lead up to, which may have holes like {12}, too")
     parser.add_argument("--response_length", type=int, help="bytes to write (default: up to max_length; 0 with holes)")
     about = r"end with this text, such as \n for a line (default: without a prompt an empty line, else nothing)"
     parser.add_argument("--until", metavar="TEXT", help=about)
@@ -1976,6 +1974,8 @@ def generate_command(argv):
     parser.add_argument("--watch", action="store_true", help="show the text emerge, pass by pass, in a terminal")
     arguments, model, config, path, state = load_for_command(parser, fields, argv)
     require(0 < arguments.samples <= 4096, "samples", arguments.samples, "1 to 4096")
+    accepted = "a text without a hole of unknown length: such a hole, and what follows it, go into --prompt"
+    require(not re.search(HOLE_OF_UNKNOWN_LENGTH, arguments.suffix), "suffix", arguments.suffix, accepted)
     is_free = arguments.prompt is None and not arguments.suffix
     suffix, until = holes_to_masks(arguments.suffix), arguments.until
     prompt = "\n\n" if arguments.prompt is None else arguments.prompt
@@ -2005,14 +2005,18 @@ def holes_to_masks(text):
     return tokens
 
 
+HOLE_OF_UNKNOWN_LENGTH = r"(?<!\{)\{([1-9][0-9]{0,3})-([1-9][0-9]{0,3})\}(?!\})"
+
+
 def choose_length_of_hole(model, prompt, suffix, config):
     """A prompt with one hole of unknown length, {2-12}, gets the length that fits best: each is filled greedily, and
     the one stays whose hole and what is given after it are most probable together, by their exact likelihood from left
     to right. So lengths are comparable."""
-    hole = re.search(r"(?<!\{)\{([1-9][0-9]{0,3})-([1-9][0-9]{0,3})\}(?!\})", prompt)
-    if not hole:
+    holes = [*re.finditer(HOLE_OF_UNKNOWN_LENGTH, prompt)]
+    require(len(holes) < 2, "prompt", prompt, "a text with at most one hole of unknown length")
+    if not holes:
         return prompt
-    shortest, longest = int(hole[1]), int(hole[2])
+    hole, shortest, longest = holes[0], *map(int, holes[0].groups())
     require(shortest <= longest, "prompt", hole[0], "a hole {2-12} of a least and a largest length")
     greedy, bits = dataclasses.replace(config, temperature=0.0), {}
     for length in range(shortest, longest + 1):
@@ -2043,8 +2047,7 @@ def evaluate_command(argv):
                 say(f"warning: {train_set.path} is not the text that this model was trained on")
         except InputError as error:
             if arguments.file is None:
-                folders = f"here and in {state.get('folder')}"
-                raise InputError(f"{error} (looked for {folders}), or give --file TEXT") from None
+                raise InputError(f"{error} (sought here and in {state.get('folder')}), or give --file TEXT") from None
             say(f"notice: {error}; known words and copied text cannot be told without the training text")
         dataset = dataset or own_dataset
     rows = evaluate(model, config, dataset, training_text, arguments.chunks, arguments.seed)
@@ -2076,8 +2079,7 @@ def main(argv=None):
         return 2 if isinstance(error, InputError) else 1
     except (RuntimeError, MemoryError) as error:  # torch has no kinds of errors for these on a CPU
         reason = str(error).partition("\n")[0]
-        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        is_memory = is_memory or re.search("allocate memory|Storage size", reason)
+        is_memory = isinstance(error, MemoryError) or re.search("out of memory|allocate memory|Storage size", reason)
         if not is_memory and not (is_distributed() and "by peer" in reason):
             raise
         what = "out of memory; lower batch_size or max_length" if is_memory else "another process is gone; use --resume"

@@ -347,7 +347,7 @@ def test_any_command_line_runs_or_is_refused_in_one_line(arguments, tmp_path, mo
 @given(
     st.fixed_dictionaries(
         {
-            "max_length": st.integers(1, 8),
+            "max_length": st.integers(2, 8),
             "block_length": st.integers(0, 5),
             "batch_size": st.integers(1, 5),
             "num_heads": st.integers(1, 3),

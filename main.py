@@ -1066,23 +1066,22 @@ def by_mask_ratio(ratios, bits, accuracy):
 @torch.no_grad()
 def exact_likelihood(model, x0, order="left_to_right", start=0):
     """Bits of each byte of x0 [B, L] (no PAD in it) from `start` on by the chain rule: float64 [B, L - start].
-    The bytes are revealed one by one, the others are MASK: `left_to_right`, as in an autoregressive model, or
-    `most_confident_first`, which follows from the bytes seen so far alone, so is exact, too (arXiv 2603.01367)."""
-    rows, xt = torch.arange(len(x0), device=x0.device), x0.clone()
-    n = block_length_of(model) or x0.shape[1]
-    xt[:, start:] = MASK
-    bits = torch.zeros(x0.shape, dtype=torch.double)
+    A block's bytes are revealed one by one, the others are MASK: `left_to_right`, as in an autoregressive model, or
+    `most_confident_first`, which follows from the bytes seen so far alone, so is exact, too (arXiv 2603.01367). All
+    blocks at once, each after its clean past: as many passes as a block has bytes."""
+    length, n = x0.shape[1], block_length_of(model) or x0.shape[1]
+    x0 = F.pad(x0, (0, -length % n), value=PAD)
+    bits, place = torch.zeros(x0.shape, dtype=torch.double), torch.arange(x0.shape[1], device=x0.device)
+    is_hidden, one = (place >= start) & (x0 != PAD), torch.ones(1, device=x0.device)
     with evaluation_mode(model):
-        for step in tqdm(range(start, x0.shape[1]), order, leave=False, disable=None):  # None: on a terminal alone
-            stop = (step // n + 1) * n  # of its block
-            log_probs = model(xt[:, :stop]).log_softmax(dim=-1)
-            positions = torch.full_like(rows, step)
-            if order == "most_confident_first":
-                positions = log_probs.amax(dim=-1).masked_fill(xt[:, :stop] != MASK, -torch.inf).argmax(dim=1)
-            truth = x0[rows, positions]
-            bits[rows.cpu(), positions.cpu()] = -log_probs[rows, positions, truth].cpu().double() * BITS_PER_NAT
-            xt[rows, positions] = truth
-    return bits[:, start:]
+        for _ in tqdm(range(n), order, leave=False, disable=None):  # None: on a terminal alone
+            log_probs = model(x0.masked_fill(is_hidden, MASK), clean=x0).log_softmax(dim=-1)
+            scores = log_probs.amax(dim=-1) if order == "most_confident_first" else -place.float().expand_as(x0)
+            is_next = choose_positions(is_hidden.view(-1, n), scores.reshape(-1, n), one).view_as(x0)
+            of_truth = log_probs.gather(-1, x0.clamp(max=NUM_BYTES - 1)[..., None])[..., 0]
+            bits -= torch.where(is_next, of_truth, 0.0).cpu().double() * BITS_PER_NAT
+            is_hidden &= ~is_next
+    return bits[:, start:length]
 
 
 WORD = re.compile(rb"[\w\x80-\xff]+")  # letters of other scripts are bytes from 0x80 on

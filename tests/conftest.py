@@ -56,7 +56,7 @@ class KnownJoint(torch.nn.Module):
         self.nothing = torch.nn.Parameter(torch.zeros(1))
         self.output = torch.nn.Identity()
 
-    def forward(self, tokens):
+    def forward(self, tokens, clean=None):  # of one block: there is no clean past
         return self.output(self.hidden(tokens))
 
     def hidden(self, tokens, attention_mask=None, block_length=0):

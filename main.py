@@ -1074,7 +1074,8 @@ def exact_likelihood(model, x0, order="left_to_right", start=0):
     bits, place = torch.zeros(x0.shape, dtype=torch.double), torch.arange(x0.shape[1], device=x0.device)
     is_hidden, one = (place >= start) & (x0 != PAD), torch.ones(1, device=x0.device)
     with evaluation_mode(model):
-        for _ in tqdm(range(n), order, leave=False, disable=None):  # None: on a terminal alone
+        passes = range(is_hidden.view(-1, n).sum(dim=1).max())
+        for _ in tqdm(passes, order, leave=False, disable=None):  # None: on a terminal alone
             log_probs = model(x0.masked_fill(is_hidden, MASK), clean=x0).log_softmax(dim=-1)
             scores = log_probs.amax(dim=-1) if order == "most_confident_first" else -place.float().expand_as(x0)
             is_next = choose_positions(is_hidden.view(-1, n), scores.reshape(-1, n), one).view_as(x0)
@@ -1414,13 +1415,12 @@ def save_checkpoint(run_dir, name, state):
             torch.save(state.state_dict(), file)
             file.flush()
             os.fsync(file.fileno())
-        for seconds in (0.1, 0.5, 2.0):
+        for seconds in (0.0, 0.1, 0.5, 2.0):
+            time.sleep(seconds)
             with suppress(PermissionError):  # on Windows a virus scanner may hold the file for a moment
                 os.replace(temporary, path)
                 return True
-            time.sleep(seconds)
-        os.replace(temporary, path)
-        return True
+        raise OSError("another program holds it")
     except (OSError, RuntimeError) as error:  # on a full disk torch.save raises a RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1816,8 +1816,8 @@ def profile_command(argv):
     times = [[timer.timeit(1).mean for timer in timers] for _ in range(25)][5:]  # in turn; the first five warm up
     seconds = dict(zip(tasks, np.median(times, axis=0)))
     ceiling = 2 * size**3 / seconds["product"]
-    shape = f"{config.num_layers} x {config.model_dim}"
-    print(f"{config.device} {config.amp_dtype}, {shape}, {num_bytes:,} bytes per step of one micro-batch; medians")
+    shape = f"{config.num_layers} x {config.model_dim}, {num_bytes:,} bytes per step of one micro-batch"
+    print(f"{config.device} {config.amp_dtype}, {shape}; medians")
     gpu = torch.cuda.get_device_name(config.device) if on_cuda else ""
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu and config.amp_dtype == "bf16"), None)
     for n, of_step in flops.items():
@@ -1965,65 +1965,66 @@ def generate_command(argv):
     parser = OneLineParser("generate", "Write text after a prompt, before a suffix, or into holes.")
     about = "text to continue; {12} is a hole of 12 bytes, {2-12} one of 2 to 12, whichever fits, {{ and }} are braces "
     parser.add_argument("--prompt", help=about + "(default: what follows an empty line)")
-    parser.add_argument("--suffix", default="", help="text to lead up to, which may have holes like {12}, too")
+    parser.add_argument("--suffix", default="", help="text to lead up to, which may have holes, too")
     parser.add_argument("--response_length", type=int, help="bytes to write (default: up to max_length; 0 with holes)")
     about = r"end with this text, such as \n for a line (default: without a prompt an empty line, else nothing)"
     parser.add_argument("--until", metavar="TEXT", help=about)
-    parser.add_argument("--samples", type=int, default=1, help="how many, in one batch, with seeds from --seed on")
+    parser.add_argument("--samples", type=int, default=1, help="how many: seeds from --seed on, or the best fillings")
     parser.add_argument("--watch", action="store_true", help="show the text emerge, pass by pass, in a terminal")
     arguments, model, config, path, state = load_for_command(parser, fields, argv)
     require(0 < arguments.samples <= 4096, "samples", arguments.samples, "1 to 4096")
-    accepted = "a text without a hole of unknown length: such a hole, and what follows it, go into --prompt"
-    require(not re.search(HOLE_OF_UNKNOWN_LENGTH, arguments.suffix), "suffix", arguments.suffix, accepted)
-    is_free = arguments.prompt is None and not arguments.suffix
-    suffix, until = holes_to_masks(arguments.suffix), arguments.until
-    prompt = "\n\n" if arguments.prompt is None else arguments.prompt
-    prompt = holes_to_masks(choose_length_of_hole(model, prompt, suffix, config))
+    is_free, until = arguments.prompt is None and not arguments.suffix, arguments.until
     until = "\n\n" if until is None and is_free else (until or "").replace("\\n", "\n").replace("\\t", "\t")
-    given, length = prompt + suffix, arguments.response_length
+    prompts = holes_to_masks("\n\n" if arguments.prompt is None else arguments.prompt)
+    suffixes = holes_to_masks(arguments.suffix)
+    given, length, progress = prompts[-1] + suffixes[-1], arguments.response_length, Progress(arguments.watch)
     if length is None:
         length = 0 if MASK in given else config.max_length - len(given)
         accepted = f"below max_length={config.max_length}, or give --response_length"
         require(length > 0 or MASK in given, "prompt", f"{len(given)} bytes", accepted)
-    prompts, ends = [prompt] * arguments.samples, {"until": os.fsencode(until), "on_step": Progress(arguments.watch)}
-    samples = run_conditional_diffusion_inference(model, prompts, length, config, suffix, **ends)
+    require(length >= 0, "response_length", length, "0 or more")
+    texts = [prompt + [MASK] * length + suffix for prompt in prompts for suffix in suffixes]
+    fillings = best_fillings(model, texts, config, progress, max(16, arguments.samples))
+    texts = fillings[: arguments.samples] or texts * arguments.samples
+    samples = run_conditional_diffusion_inference(model, texts, 0, config, until=os.fsencode(until), on_step=progress)
     for number, text in enumerate(samples):
         text = text.removeprefix("\n\n").removesuffix("\n\n") if is_free else text
         if arguments.samples > 1:
-            print(f"--- seed {config.seed + number}")
+            print(f"--- filling {number + 1}" if fillings else f"--- seed {config.seed + number}")
         print(printable(text.encode()) if sys.stdout.isatty() else text)
     print(f"({path}, step {state['step']:,})", file=sys.stderr)
     return 0
 
 
 def holes_to_masks(text):
-    """The text a{3}b becomes [97, MASK, MASK, MASK, 98]; {{ and }} stand for braces."""
-    tokens = []
-    for literal, hole in re.findall(r"(\{\{|\}\}|[^{]|\{(?![1-9][0-9]{0,5}\}))|\{([0-9]+)\}", text, re.DOTALL):
-        tokens += [MASK] * int(hole) if hole else os.fsencode({"{{": "{", "}}": "}"}.get(literal, literal))
-    return tokens
-
-
-HOLE_OF_UNKNOWN_LENGTH = r"(?<!\{)\{([1-9][0-9]{0,3})-([1-9][0-9]{0,3})\}(?!\})"
-
-
-def choose_length_of_hole(model, prompt, suffix, config):
-    """A prompt with one hole of unknown length, {2-12}, gets the length that fits best: each is filled greedily, and
-    the one stays whose hole and what is given after it are most probable together, by their exact likelihood from left
-    to right. So lengths are comparable."""
-    holes = [*re.finditer(HOLE_OF_UNKNOWN_LENGTH, prompt)]
-    require(len(holes) < 2, "prompt", prompt, "a text with at most one hole of unknown length")
-    if not holes:
-        return prompt
-    hole, shortest, longest = holes[0], *map(int, holes[0].groups())
-    require(shortest <= longest, "prompt", hole[0], "a hole {2-12} of a least and a largest length")
-    greedy, bits = dataclasses.replace(config, temperature=0.0), {}
+    """Texts as lists of tokens: a{3}b becomes [[97, MASK, MASK, MASK, 98]], and a hole of unknown length, {2-12}, one
+    text for each of its lengths; {{ and }} stand for braces."""
+    unknown, texts = r"(?<!\{)\{([1-9][0-9]{0,3})-([1-9][0-9]{0,3})\}(?!\})", []
+    lengths = re.findall(unknown, text) or [(0, 0)]
+    shortest, longest = map(int, lengths[0])
+    accepted = "a text with at most one hole {2-12}, of a least and a largest length"
+    require(len(lengths) == 1 and shortest <= longest, "prompt or suffix", text, accepted)
     for length in range(shortest, longest + 1):
-        variant, progress = prompt[: hole.start()] + f"{{{length}}}" + prompt[hole.end() :], Progress()
-        run_conditional_diffusion_inference(model, holes_to_masks(variant) + suffix, 0, greedy, on_step=progress)
-        start = len(holes_to_masks(prompt[: hole.start()]))
-        bits[variant] = exact_likelihood(model, progress.last, start=start).sum().item()
-    return min(bits, key=bits.get)
+        known, tokens = re.sub(unknown, f"{{{length}}}", text), []
+        for literal, hole in re.findall(r"(\{\{|\}\}|[^{]|\{(?![1-9][0-9]{0,5}\}))|\{([0-9]+)\}", known, re.DOTALL):
+            tokens += [MASK] * int(hole) if hole else os.fsencode({"{{": "{", "}}": "}"}.get(literal, literal))
+        texts.append(tokens)
+    return texts
+
+
+def best_fillings(model, texts, config, progress, candidates):
+    """The texts, lists of tokens, with their holes filled, different ones, the best first; none if there are no holes.
+    Each text is filled `candidates` times, with the seeds from config.seed on. The best is the one whose holes and what
+    is given after them are most probable together, by the exact likelihood from left to right. So lengths are
+    comparable, and what stands far to the right, which the drawing of a hole hardly heeds, is heeded."""
+    bits, drawn = {}, dataclasses.replace(config, top_p=1.0)  # all fillings: the choice comes later
+    for text in texts:
+        end = max((place + 1 for place, token in enumerate(text) if token != MASK), default=0)
+        if MASK in text[:end]:
+            run_conditional_diffusion_inference(model, [text[:end]] * candidates, 0, drawn, on_step=progress)
+            costs = exact_likelihood(model, progress.last, start=text.index(MASK)).sum(dim=1).tolist()
+            bits |= {(*row, *text[end:]): cost for row, cost in zip(progress.last.tolist(), costs)}
+    return [list(text) for text in sorted(bits, key=bits.get)]
 
 
 def evaluate_command(argv):

@@ -199,14 +199,16 @@ def test_holes_in_a_prompt_are_filled_and_several_samples_differ(trained):
     folder, _ = trained
     done = run_main(folder, "generate", "--prompt", "be{3}not{2}", "--samples", "3", "--top_p", "1")
     assert done.returncode == 0, done.stderr
-    assert main.holes_to_masks("be{3}not{2}") == [*b"be", *[main.MASK] * 3, *b"not", *[main.MASK] * 2]
-    assert main.holes_to_masks("{0} {} {a}") == list(b"{0} {} {a}")
-    parts = re.split(r"--- seed (\d+)\n", done.stdout)
-    assert parts[1::2] == ["0", "1", "2"]
+    assert main.holes_to_masks("be{3}not{2}") == [[*b"be", *[main.MASK] * 3, *b"not", *[main.MASK] * 2]]
+    assert main.holes_to_masks("{0} {} {a}") == [list(b"{0} {} {a}")]
+    parts = re.split(r"--- filling (\d+)\n", done.stdout)
+    assert parts[1::2] == ["1", "2", "3"]
     assert len(set(parts[2::2])) == 3
     for text in parts[2::2]:
         assert text.startswith("be")
         assert "not" in text
+    done = run_main(folder, "generate", "--prompt", "to be", "--samples", "2", "--response_length", "4")
+    assert re.findall("--- seed .", done.stdout) == ["--- seed 0", "--- seed 1"]
 
 
 def test_evaluate_prints_the_same_table_for_the_same_seed_and_keeps_bound_and_exact_apart(trained):

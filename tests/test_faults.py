@@ -224,7 +224,7 @@ def test_a_batch_goes_to_a_gpu_as_one_byte_for_each_byte(text_folder):
     ],
 )
 def test_doubled_braces_are_braces_and_no_hole(text, expected):
-    assert main.holes_to_masks(text) == list(expected)
+    assert main.holes_to_masks(text) == [list(expected)]
 
 
 def test_half_a_character_in_a_prompt_is_one_line(model, config):

@@ -410,22 +410,31 @@ def test_watching_shows_nothing_where_the_output_is_no_terminal(capsys):
 
 
 @pytest.mark.parametrize("n", [0, 4])
-def test_a_hole_of_unknown_length_gets_the_length_that_makes_the_text_most_probable(n):
+def test_holes_get_the_filling_and_the_length_that_make_the_text_most_probable(n):
     config = main.CONFIG(**{**TINY, "block_length": n, "temperature": 0.9})
-    model, suffix = random_model(config), list(b"yz")
-    chosen = main.choose_length_of_hole(model, "ab{1-5}cd", suffix, config)
-    greedy, bits = dataclasses.replace(config, temperature=0.0), {}
-    for length in range(1, 6):
-        (filled,) = fill(model, [[*b"ab", *[main.MASK] * length, *b"cd", *suffix]], greedy)
-        x, total = torch.tensor([list(filled)]), 0.0
-        for i in range(2, x.shape[1]):  # the chain rule by hand
-            seen = x.clone()
-            seen[:, i:] = main.MASK
-            total -= model(seen if n == 0 else seen[:, : (i // n + 1) * n]).log_softmax(-1)[0, i, x[0, i]].item()
-        bits[length] = total
-    assert chosen == f"ab{{{min(bits, key=bits.get)}}}cd"
-    for plain in ("ab{3}cd", "no hole", "{{2-12}}", "{x-y}"):
-        assert main.choose_length_of_hole(model, plain, suffix, config) == plain
+    model, texts = random_model(config), [text + [main.MASK] * 3 for text in main.holes_to_masks("ab{1-5}c{2}d")]
+    fillings = main.best_fillings(model, texts, config, main.Progress(), candidates=3)
+    drawn, bits = dataclasses.replace(config, top_p=1.0), {}
+    for text in texts:
+        for filled in fill(model, [text[:-3]] * 3, drawn):
+            x, total = torch.tensor([list(filled)]), 0.0
+            for i in range(2, x.shape[1]):  # the chain rule by hand
+                seen = x.clone()
+                seen[:, i:] = main.MASK
+                total -= model(seen if n == 0 else seen[:, : (i // n + 1) * n]).log_softmax(-1)[0, i, x[0, i]].item()
+            bits[filled] = total
+    assert len(bits) > 10, "fillings differ"
+    assert fillings == [[*filled, *[main.MASK] * 3] for filled in sorted(bits, key=bits.get)]
+
+
+def test_a_text_without_holes_is_not_filled(model, config):
+    for plain in ("ab", "", "{{2-12}}", "{x-y}"):
+        assert main.best_fillings(model, [*main.holes_to_masks(plain), [65, main.MASK]], config, None, 3) == []
+
+
+def test_a_hole_of_unknown_length_becomes_one_text_for_each_length():
+    assert main.holes_to_masks("a{2-3}b{1}") == [[97, *[main.MASK] * k, 98, main.MASK] for k in (2, 3)]
+    assert main.holes_to_masks("{{2-12}}") == [list(b"{2-12}")]
     for bad in ("{5-2}", "a{1-2}b{2-3}"):
         with pytest.raises(main.InputError, match=re.escape(bad)):
-            main.choose_length_of_hole(model, bad, suffix, config)
+            main.holes_to_masks(bad)

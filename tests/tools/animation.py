@@ -77,7 +77,7 @@ def save():
     file, prompt, length, checkpoint = (flags.pop(name) for name in ("file", "prompt", "response_length", "checkpoint"))
     model, config, _ = main.load_checkpoint(checkpoint or main.newest_run(), flags.get("device", "auto"))
     config, steps = main.dataclasses.replace(config, **flags), []
-    tokens = main.holes_to_masks("\n\n" if prompt is None else prompt)
+    tokens, *_ = main.holes_to_masks("\n\n" if prompt is None else prompt)
     main.run_conditional_diffusion_inference(
         model,
         tokens,

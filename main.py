@@ -656,8 +656,8 @@ def run_conditional_diffusion_inference(
     unit = config.block_length if config.block_length and block_length_of(model) else 1
     longest = max(map(len, texts), default=0)
     if longest + -longest % unit > config.rope_max_length_buffer:  # the last block is written to its end
-        sizes = f"prompt and suffix ({longest - response_length} bytes) and response_length ({response_length})"
-        raise InputError(f"{sizes} exceed rope_max_length_buffer={config.rope_max_length_buffer}; shorten one of them")
+        limit = f"rope_max_length_buffer={config.rope_max_length_buffer}"
+        raise InputError(f"prompt, response_length and suffix, {longest} bytes, exceed {limit}; shorten one of them")
     n, own, sees_whole_texts = config.block_length, block_length_of(model), model.sees_whole_texts
     accepted = f"{own}, in which the model was trained" + ", or 0" * sees_whole_texts
     require(not own or n == own or n == 0 and sees_whole_texts, "block_length", n, accepted)

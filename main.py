@@ -1967,8 +1967,7 @@ def generate_command(argv):
     parser.add_argument("--prompt", help=about + "(default: what follows an empty line)")
     parser.add_argument("--suffix", default="", help="text to lead up to, which may have holes, too")
     parser.add_argument("--response_length", type=int, help="bytes to write (default: up to max_length; 0 with holes)")
-    about = r"end with this text, such as \n for a line (default: without a prompt an empty line, else nothing)"
-    parser.add_argument("--until", metavar="TEXT", help=about)
+    parser.add_argument("--until", help=r"end with this text, such as \n (default: \n\n if there is no prompt)")
     parser.add_argument("--samples", type=int, default=1, help="how many: seeds from --seed on, or the best fillings")
     parser.add_argument("--watch", action="store_true", help="show the text emerge, pass by pass, in a terminal")
     arguments, model, config, path, state = load_for_command(parser, fields, argv)
@@ -1985,6 +1984,7 @@ def generate_command(argv):
     require(length >= 0, "response_length", length, "0 or more")
     texts = [prompt + [MASK] * length + suffix for prompt in prompts for suffix in suffixes]
     fillings = best_fillings(model, texts, config, progress, max(16, arguments.samples))
+    require(fillings or len(texts) == 1, "prompt", arguments.prompt, "a text that goes on after a hole like {2-12}")
     texts = fillings[: arguments.samples] or texts * arguments.samples
     samples = run_conditional_diffusion_inference(model, texts, 0, config, until=os.fsencode(until), on_step=progress)
     for number, text in enumerate(samples):

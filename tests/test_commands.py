@@ -207,6 +207,9 @@ def test_holes_in_a_prompt_are_filled_and_several_samples_differ(trained):
     for text in parts[2::2]:
         assert text.startswith("be")
         assert "not" in text
+    done = run_main(folder, "generate", "--prompt", "to {2-3}")
+    assert done.returncode == 2
+    assert "error: prompt='to {2-3}' is not possible: it must be a text that goes on after a hole" in done.stderr
     done = run_main(folder, "generate", "--prompt", "to be", "--samples", "2", "--response_length", "4")
     assert re.findall("--- seed .", done.stdout) == ["--- seed 0", "--- seed 1"]
 

@@ -563,7 +563,7 @@ def training_mask_ratios(t, std, mean=0.45, uniform=1 / 8):
 
 
 def choose_positions(candidates, scores, counts):
-    """In each row the `counts` [N] candidates (bool [N, W]) of highest score [N, W], as bool [N, W]."""
+    """What to mask, or to unmask: in each row the `counts` [N] of highest score [N, W] of candidates, bool [N, W]."""
     order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return candidates & (order.argsort(dim=1) < counts[:, None])
 

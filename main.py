@@ -108,7 +108,7 @@ class CONFIG:
     rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
 
     # What makes the model learn faster (README, What differs from the papers). The bell of mask ratios: arXiv
-    # 2605.13026; the convolution gives bytes the local contiguity that 2605.12928 misses. Off: 0, and for the power 1
+    # 2605.13026; the convolution gives bytes the local contiguity that 2605.12928 finds missing. Off: 0, and power 1
     conv_width: int = 9  # bytes, odd: depthwise convolution before each layer
     mask_ratio_std: float = 0.1  # standard deviation of whole texts' mask ratios around 0.45; 0: uniform, the bound
     block_mask_power: float = 0.5  # a block's mask ratio is t ** power, t uniform: below 1 masks more; 1: the bound
@@ -236,8 +236,7 @@ class Layout:
 
 
 def attend(q, k, v, sees, is_causal):
-    """Softmax attention. On a CPU in float32: two streams of the default size take 10 ms both ways,
-    in bf16 18."""
+    """Softmax attention. On a CPU in float32: two streams of the default size take 10 ms both ways, in bf16 18."""
     dtype, on_cpu = v.dtype, v.device.type == "cpu"
     with torch.autocast(v.device.type, enabled=False):  # which would change the precision back
         if on_cpu and dtype.itemsize == 2:

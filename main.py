@@ -9,13 +9,14 @@
     python main.py profile                                how fast a training step is, and where its time goes
     torchrun --nproc_per_node=8 main.py                   the same training on eight GPUs
 
-The idea: replace k of the n bytes of a block by MASK and let a transformer that sees in both directions predict them
-all. Train it for every k from 1 to n. It writes by starting from n times MASK and unmasking step by step. One dial,
-block_length, goes from the autoregressive model (n = 1) over block diffusion (each block of n bytes is written after
-those before it) to LLaDA (0: one block, the whole text). Between these some steps are on whole texts, to teach holes.
+The idea: a text is read in two ways at once, with the same weights. The clean stream is causal, as in GPT, and predicts
+the next byte. The noisy stream predicts blocks of n bytes, of which k are replaced by MASK, for every k from 1 to n, in
+view of the clean text before them. In writing, blocks of MASKs draft what the clean stream then accepts: several bytes
+per pass, and the same text. The order of writing is free: what is given first, then its holes. One dial, block_length:
+1 is the autoregressive model, the clean stream alone; 0 is LLaDA, one noisy block over all.
 
 Shapes: B sequences, L bytes each, n block_length, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values;
-P positions of an input; in the sampler N sequences, W positions of a block.
+C clean positions of an input, P in all; in the sampler N sequences, W positions of a block.
 
 LLaDA   arXiv 2502.09992   the recipe: masked diffusion with a plain transformer, and its sampler
 MDLM    arXiv 2406.07524   the same objective, derived as a continuous-time evidence bound
@@ -26,15 +27,19 @@ BD3-LM  arXiv 2503.09573   block diffusion: the same within each block, given th
 import argparse
 import copy
 import dataclasses
+import errno
 import gc
 import json
+import logging
 import math
 import mmap
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -92,7 +97,7 @@ class CONFIG:
     max_length: int = 256  # [L] bytes of context
     batch_size: int = by_size(cpu=4, gpu=64)  # [B] sequences per process and micro-batch
     learning_rate: float = by_size(cpu=3e-2, gpu=1e-2)  # AdamW's, at its peak after the warm-up
-    max_steps: int = by_size(cpu=3200, gpu=50000)  # optimizer steps of the whole run
+    max_steps: int = by_size(cpu=3600, gpu=50000)  # optimizer steps of the whole run
     dropout: float = by_size(cpu=0.0, gpu=0.2)  # after each attention and feed-forward, against overfitting
 
     # Data
@@ -100,19 +105,18 @@ class CONFIG:
     validation_data_file: str = "auto"  # auto: validation.txt beside train.txt, else the last 5 % of the training text
 
     # Model
-    block_length: int = 4  # [n] a byte sees its own block of n and those before; 0: all (LLaDA), 1: autoregressive
-    whole_text_share: float = 0.25  # fraction of the steps, if n > 1, on whole texts: they teach to fill holes
+    block_length: int = 4  # [n] bytes that are masked, and drafted, together; 0: the whole text (LLaDA), 1: none (GPT)
+    next_byte_weight: float = 1.0  # of the loss of the next byte, beside that of the masked ones, if n > 1
+    hole_share: float = 0.8  # fraction of the steps, if n > 1, that write given text first and the holes in it last
     attention: str = "simplified_mla"  # or mla, as in DeepSeek-V2, or mha, ordinary multi-head attention
     qk_rope_head_dim: int = 8  # of mla: the part of a head's query and key that RoPE turns, even
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_max_length_buffer: int = 4096  # longest sequence, in bytes, that the rotary table covers
 
     # What makes the model learn faster (README, What differs from the papers). The bell of mask ratios: arXiv
-    # 2605.13026; the convolution gives bytes the local contiguity that 2605.12928 finds missing. Off: 0, and power 1
+    # 2605.13026; the convolution gives bytes the local contiguity that 2605.12928 finds missing. Off: 0
     conv_width: int = 9  # bytes, odd: depthwise convolution before each layer
     mask_ratio_std: float = 0.1  # standard deviation of whole texts' mask ratios around 0.45; 0: uniform, the bound
-    block_mask_power: float = 0.5  # a block's mask ratio is t ** power, t uniform: below 1 masks more; 1: the bound
-    mask_tilt: float = 1.0  # how much more the later bytes of a block are masked than the first; 0: alike, the bound
     muon_learning_rate: float = 0.02  # peak, of Muon for the matrices of the layers; 0: AdamW for all
 
     # Optimization
@@ -124,8 +128,8 @@ class CONFIG:
     max_minutes: float = 0.0  # end by the clock, learning rate decayed by then; 0: only max_steps counts
 
     # Sampling
-    remasking: str = "auto"  # the order, see score_positions; auto: left_to_right in blocks, low_confidence elsewhere
-    inference_steps: int = 0  # forward passes for holes, and again for what follows, one per block or more; 0: per byte
+    remasking: str = "low_confidence"  # or random: the order of writing of a model of whole texts (block_length 0)
+    inference_steps: int = 0  # forward passes of such a model, one per block or more; 0: one per byte
     temperature: float = 1.0  # of the byte distribution; 0 takes the most probable byte
     top_p: float = 0.8  # bytes are drawn from the most probable ones that together reach this probability
     num_samples: int = 3  # prompts from the validation text that each validation continues
@@ -161,8 +165,13 @@ class ByteLevelTextDataset(Dataset):
         if num_bytes < max_length:
             found = f"{path}: {num_bytes:,} bytes" + (f" from byte {start:,} on" if start else "")
             raise InputError(f"{found} are less than one sequence of max_length={max_length:,}; add text or lower it")
-        with open(path, "rb") as file:
-            self.mapping = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+        try:
+            with open(path, "rb") as file:
+                self.mapping = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be mapped into memory ({error.strerror}); copy it to another disk"
+            ) from None
         if hasattr(self.mapping, "madvise"):  # no read-ahead: it makes random reads of a huge file 160 times as dear
             self.mapping.madvise(mmap.MADV_RANDOM)
         self.bytes = np.frombuffer(self.mapping, np.uint8)[start:stop]
@@ -208,8 +217,8 @@ def rope_table(length, head_dim, theta):
 
 
 def apply_rope(x, rope):
-    """Rotate the pairs (i, i + d/2) of x [B, H, L, d] by their position's angle, rope [L, 2, d]."""
-    cos, sin = rope.to(x.dtype).unbind(dim=1)
+    """Rotate the pairs (i, i + d/2) of x [B, H, L, d] by their place's angle, rope [L, 2, d] or [B, 1, L, 2, d]."""
+    cos, sin = rope.to(x.dtype).unbind(dim=-2)
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # roll swaps the two halves
 
 
@@ -222,37 +231,36 @@ class RMSNorm(nn.RMSNorm):
 
 @dataclass
 class Layout:
-    """What the layers know of their input beside its values. There may be two streams: the first C of the P positions
-    are the clean text, the others the noisy one."""
+    """What the layers know of their input beside its values: first come C clean bytes, then noisy blocks, P positions.
+    K clean bytes may be seen: those of the input or, with a cache, all that were read so far."""
 
-    rope: torch.Tensor  # [P, 2, d], of each position's place in the text
+    rope: torch.Tensor  # [B, 1, P, 2, d], of each position's place in the text; B is 1 if all rows have the same
     parts: list  # who attends to whom: ((start, stop) of some queries, [(start, stop), ...] of their keys, sees); sees,
-    # bool [queries, keys] or [B, 1, queries, keys], is None if all of these see all
-    in_block: torch.Tensor | None = None  # bool [P, conv_width]: which neighbours are of the same block; None: all
+    # bool [B, 1, queries, keys], is None if all of these see all
+    neighbours: torch.Tensor  # [B, P, conv_width], of the convolution: clean bytes 0..K-1, noisy ones K.., last: nobody
+    readers: torch.Tensor | None = None  # [2, K + P - C + 1, conv_width]: the other way round, for the gradient
     is_byte: torch.Tensor | None = None  # bool [B, P, 1]: False at PAD; None: there is no PAD
-    is_causal: bool = False  # instead of `sees`: each to itself and those before
-    num_clean: int = 0  # C
-    cache: "PositionCache | None" = None  # of the sampler
+    cache: dict | None = None  # the ReadCache of the sampler
 
 
-def attend(q, k, v, sees, is_causal):
+def attend(q, k, v, sees):
     """Softmax attention. On a CPU in float32: two streams of the default size take 10 ms both ways, in bf16 18."""
     dtype, on_cpu = v.dtype, v.device.type == "cpu"
     with torch.autocast(v.device.type, enabled=False):  # which would change the precision back
         if on_cpu and dtype.itemsize == 2:
             q, k, v = q.float(), k.float(), v.float()
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=is_causal).to(dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees).to(dtype)
 
 
 def in_parts(sees, num_clean, n, count=4):
-    """Layout.parts of two streams with the mask `sees` [..., P, P]: a quarter of either stream sees nothing of the
+    """Layout.parts of a whole text with the mask `sees` [B, 1, P, P]: a quarter of either stream sees nothing of the
     later quarters, so only 3/8 of all products are left."""
     parts, num_positions = [], sees.shape[-1]
-    step = math.ceil((num_positions - num_clean) / n / count) * n
     for stream, end in ((0, num_clean), (num_clean, num_positions)):
+        step = math.ceil((end - stream) / n / count) * n
         for start in range(stream, end, step):
             stop = min(start + step, end)
-            keys = [(0, min(stop - stream, num_clean))] + ([(start, stop)] if stream else [])
+            keys = [(0, stop - stream)] + ([(start, stop)] if stream else [])
             seen = pick(sees[..., start:stop, :], keys, dim=-1).clone()  # torch.compile rejects two views of it
             parts.append(((start, stop), keys, seen))
     return parts
@@ -270,17 +278,14 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
 
-    def forward(self, x, layout, first=0):
-        """x [B, P, D]; returns the attention output of the positions from `first` on, [B, P - first, D]."""
-        q, k, v = self.queries_keys_values(x, layout.rope, first)  # [B, H, P - first, d], [B, H, P, d] twice
+    def forward(self, x, layout):
+        q, k, v = self.queries_keys_values(x, layout.rope)  # [B, H, P, d] each
         if layout.cache is not None:
-            first_key = layout.cache.first_key
-            k, v = (layout.cache.update((self, name), new, 2, first_key) for name, new in (("k", k), ("v", v)))
-        out = []
-        for (start, stop), keys, sees in layout.parts:
-            if start >= first:
-                queries = q[:, :, start - first : stop - first]
-                out.append(attend(queries, pick(k, keys), pick(v, keys), sees, layout.is_causal))
+            k, v = (layout.cache.update((self, name), new, dim=2) for name, new in (("k", k), ("v", v)))
+        out = [
+            attend(q[:, :, start:stop], pick(k, keys), pick(v, keys), sees)
+            for (start, stop), keys, sees in layout.parts
+        ]
         return self.wo(torch.cat(out, dim=2).transpose(1, 2).flatten(-2))
 
     def split_heads(self, x):
@@ -300,10 +305,10 @@ class SimplifiedMLAttention(Attention):
         self.wv = nn.Linear(R, D, bias=False)
         self.wo = nn.Linear(D, D, bias=False)
 
-    def queries_keys_values(self, x, rope, first):
-        q, latent = self.split_heads(self.wq(x[:, first:])), self.w_latent(x)  # [B, P, R]
+    def queries_keys_values(self, x, rope):
+        q, latent = self.split_heads(self.wq(x)), self.w_latent(x)  # [B, P, R]
         k, v = self.split_heads(self.wk(latent)), self.split_heads(self.wv(latent))
-        return apply_rope(q, rope[first:]), apply_rope(k, rope), v
+        return apply_rope(q, rope), apply_rope(k, rope), v
 
 
 class MultiHeadAttention(SimplifiedMLAttention):
@@ -329,12 +334,12 @@ class MultiHeadLatentAttention(Attention):
         self.wv_b = nn.Linear(R, D, bias=False)
         self.wo = nn.Linear(D, D, bias=False)
 
-    def queries_keys_values(self, x, rope, first):
+    def queries_keys_values(self, x, rope):
         latent, k_rope = self.wkv_a(x).split([self.wk_b.in_features, self.rope_dim], dim=-1)  # [B, P, R], [B, P, rope]
         latent = self.kv_norm(latent)
-        q_nope, q_rope = self.split_heads(self.wq(x[:, first:])).split([self.nope_dim, self.rope_dim], dim=-1)
+        q_nope, q_rope = self.split_heads(self.wq(x)).split([self.nope_dim, self.rope_dim], dim=-1)
         k_rope = apply_rope(k_rope[:, None], rope).expand(-1, self.num_heads, -1, -1)  # one for all heads
-        q = torch.cat([q_nope, apply_rope(q_rope, rope[first:])], dim=-1)
+        q = torch.cat([q_nope, apply_rope(q_rope, rope)], dim=-1)
         return q, torch.cat([self.split_heads(self.wk_b(latent)), k_rope], dim=-1), self.split_heads(self.wv_b(latent))
 
 
@@ -362,71 +367,66 @@ class FeedForward(nn.Module):
         return self.w2(mish(self.w1(x)) * self.w3(x))
 
 
-class PositionCache(dict):
-    """For sampling in blocks: what the layers keep of the positions so far (the convolution's inputs, keys, values).
-    Since no block sees a later one they never change, so a pass computes only the positions of its `span`."""
+class ReadCache(dict):
+    """For sampling: what the layers keep of the clean bytes that were read (the convolution's inputs, keys, values), by
+    turn. Nobody sees what is written later, so they never change, and a pass computes only what is new."""
 
-    def __init__(self, length):
-        self.length, self.span, self.first_key = length, slice(0, 0), 0
+    def __init__(self, rows, num_turns, reach):
+        self.rows, self.num_turns, self.reach, self.turns, self.first, self.stop = rows, num_turns, reach, None, 0, 0
 
-    def update(self, key, new, dim, first):
-        """Put what was computed for the span into its place along `dim`; returns what is kept from `first` on."""
+    def see(self, turns):
+        """The next pass reads the turns [N, C]; it sees them and what was read before, `reach` turns back."""
+        self.turns = turns
+        if turns.numel():
+            self.first, self.stop = max(0, int(turns.amin()) - self.reach), int(turns.amax()) + 1
+        return self
+
+    def update(self, key, new, dim):
+        """Keep the clean positions of new, whose dimension `dim` is that of positions; returns the seen ones, then the
+        noisy ones."""
+        new, num_clean = new.movedim(dim, 1), self.turns.shape[1]
         if key not in self:
-            self[key] = new.new_empty([self.length if i == dim else size for i, size in enumerate(new.shape)])
-        self[key].narrow(dim, self.span.start, new.shape[dim]).copy_(new)
-        return self[key].narrow(dim, first, self.span.stop - first)
+            self[key] = new.new_zeros(len(new), self.num_turns, *new.shape[2:])
+        self[key][self.rows[:, None], self.turns] = new[:, :num_clean]
+        return torch.cat([self[key][:, self.first : self.stop], new[:, num_clean:]], dim=1).movedim(1, dim)
+
+
+class Neighbours(torch.autograd.Function):
+    """x [B, K, D] picked by index [B or 1, P, width]. The gradient is picked, too, by `readers` [2, K, width]: who
+    reads each row, at most one position of either stream. (Autograd would add up, which takes ten times as long.)"""
+
+    @staticmethod
+    def forward(context, x, index, readers):
+        context.save_for_backward(readers)
+        return x[torch.arange(len(x), device=x.device)[:, None, None], index]  # [B, P, width, D]
+
+    @staticmethod
+    def backward(context, gradient):
+        (readers,) = context.saved_tensors
+        offset = torch.arange(readers.shape[-1], device=readers.device)
+        gradient = F.pad(gradient, (0, 0, 0, 0, 0, 1))[:, readers, offset]  # [B, 2, K, width, D]
+        return gradient.sum(dim=(1, 3)), None, None
 
 
 class DepthwiseConvolution(nn.Module):
-    """Adds to each channel of x [B, P, D] a weighted sum of its `width` neighbours (if causal, of itself and those
-    before). A neighbour in an earlier block is read from the clean stream, one in the same block from the position's
-    own; one in a later block is zero, else it would leak. torch.compile fuses the shifts: on a CPU six times faster
-    than nn.Conv1d(D, D, width, groups=D)."""
+    """Adds to each channel of x [B, P, D] a weighted sum of its `width` neighbours in the text, read from where the
+    rule of `MaskPredictor.layout` allows; what is not allowed, or beyond the text, is zero."""
 
-    def __init__(self, width, model_dim, is_causal=False):
+    def __init__(self, width, model_dim):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, model_dim))
-        self.left = width - 1 if is_causal else width // 2
 
     def forward(self, x, layout):
-        if layout.cache is not None:
-            first = max(0, layout.cache.span.start - self.left)
-            return x + self.of_span(layout.cache.update(self, x, 1, first), x.shape[1], layout.in_block)
-        clean, C, in_block = x[:, : layout.num_clean], layout.num_clean, layout.in_block
-        if not C:
-            return x + self.of_stream(x, x, in_block)
-        noisy = self.of_stream(x[:, C:], clean, in_block[C:])
-        return x + torch.cat([self.of_stream(clean, clean, in_block[:C]), noisy], dim=1)
-
-    def of_stream(self, own, clean, in_block):
-        weight, (width, length), total = self.weight.to(own.dtype), (self.weight.shape[0], own.shape[1]), 0
-        around = F.pad(own, (0, 0, self.left, width - 1 - self.left))  # [B, L + width - 1, D]
-        before = F.pad(clean, (0, 0, self.left, length - clean.shape[1]))
-        for shift in range(width):
-            neighbour = around[:, shift : shift + length]
-            if in_block is not None and shift != self.left:
-                other = before[:, shift : shift + length] if shift < self.left else 0.0
-                neighbour = torch.where(in_block[:, shift, None], neighbour, other)
-            total = total + neighbour * weight[shift]
-        return total
-
-    def of_span(self, known, length, in_block):
-        """The same for the last `length` of the positions known [N, K, D], in few kernels: this is not compiled."""
-        weight, width = self.weight.to(known.dtype), self.weight.shape[0]
-        part = F.pad(known, (0, 0, self.left + length - known.shape[1], width - 1 - self.left))
-        if in_block is None:
-            weight = weight.T
-        else:
-            is_seen = in_block | (torch.arange(width, device=known.device) < self.left)  # [length, width]
-            weight = weight.T * is_seen[:, None]  # [length, D, width]
-        return (part.unfold(1, width, 1) * weight).sum(dim=-1)
+        around = x if layout.cache is None else layout.cache.update(self, x, dim=1)
+        around = F.pad(around, (0, 0, 0, 1))  # the last row: nobody
+        around = Neighbours.apply(around, layout.neighbours, layout.readers)  # [B, P, width, D]
+        return x + (around * self.weight.to(x.dtype)).sum(dim=2)
 
 
 class TransformerBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        shape = config.conv_width, config.model_dim, config.block_length == 1
-        self.convolution = DepthwiseConvolution(*shape) if config.conv_width else None
+        self.convolution = DepthwiseConvolution(config.conv_width, config.model_dim) if config.conv_width else None
         self.attention_norm = RMSNorm(config.model_dim)
         self.attention = ATTENTIONS[config.attention](config)
         self.ffn_norm = RMSNorm(config.model_dim)
@@ -434,22 +434,22 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     @torch.compiler.nested_compile_region  # layers of one shape are compiled once
-    def forward(self, x, layout, first=0):
-        """x [B, P, D] to [B, P - first, D]: what is before `first` only serves as keys and values."""
+    def forward(self, x, layout):
         if layout.is_byte is not None:  # PAD is to the convolution what lies beyond the ends: zero
             x = x * layout.is_byte
         if self.convolution is not None:
             x = self.convolution(x, layout)
-        x = x[:, first:] + self.dropout(self.attention(self.attention_norm(x), layout, first))
+        x = x + self.dropout(self.attention(self.attention_norm(x), layout))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
 class MaskPredictor(nn.Module):
     """The transformer of the masked diffusion model. It gets no time as input: the number of MASKs says as much.
 
-    A text of L bytes is cut into blocks of n = block_length bytes, and a byte sees its own block and those before.
-    n = 0, one block for all, is LLaDA, 1 < n < L block diffusion. n = 1 is the autoregressive twin: causal, on a
-    sequence shifted by one, so that position i sees MASK and the bytes before i, and its logits predict byte i, too.
+    The bytes of a text are written one after the other, each at its turn: from left to right, or with what is given
+    first and its holes last. A block is n = block_length turns. Two streams of one text share all weights. Clean bytes,
+    causal as in GPT, predict the next byte. Noisy blocks, partly MASK, predict their own bytes. n = 1 is the clean
+    stream alone, the autoregressive twin; n = 0 is one noisy block of all L bytes, LLaDA.
     """
 
     def __init__(self, config):
@@ -457,7 +457,7 @@ class MaskPredictor(nn.Module):
         n, L = config.block_length, config.max_length
         require(not n or L % n == 0 and n < L, "block_length", n, f"a divisor of max_length={L} below it, or 0")
         self.block_length, self.max_length, self.conv_width = n, L, config.conv_width
-        self.sees_whole_texts = n == 0 or n > 1 and config.whole_text_share > 0
+        self.fills_holes = n == 0 or n > 1 and config.hole_share > 0
         self.tok_embeddings = nn.Embedding(NUM_TOKENS, config.model_dim)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim)
@@ -465,72 +465,109 @@ class MaskPredictor(nn.Module):
         rope_dim = config.qk_rope_head_dim if config.attention == "mla" else config.model_dim // config.num_heads
         table = rope_table(config.rope_max_length_buffer, rope_dim, config.rope_theta)
         self.register_buffer("rope", table, persistent=False)
+        self.rope_theta = config.rope_theta
         for name, module in self.named_modules():  # the embedding keeps PyTorch's N(0, 1)
             if name.endswith(("wo", "w2", "output")):  # each layer starts as the identity, the output as uniform
                 nn.init.zeros_(module.weight)
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
-    def forward(self, tokens, attention_mask=None, clean=None, block_length=None):
+    def extend_rope(self, length):
+        if length > len(self.rope):
+            self.rope = rope_table(length, self.rope.shape[-1], self.rope_theta).to(self.rope.device)
+
+    def forward(self, tokens, attention_mask=None, clean=None, place=None, block_length=None):
         """Logits [B, L, 256], float32, of the byte at each position of tokens [B, L], int64: bytes and special ids.
 
-        Earlier blocks are read from `clean` [B, L], by default tokens itself: so all blocks of a partly masked text are
-        predicted in one pass. attention_mask, bool [B, L], is False where nothing may be seen, by default at PAD, for
-        which compiled code cannot look. Raises InputError if L exceeds rope_max_length_buffer.
+        A block of tokens is predicted from itself and the earlier blocks of `clean` [B, L], by default of tokens; for
+        n = 1 each byte from those before it. If clean is given, [B, 2 L, 256]: before them the clean stream's logits,
+        each of the byte that follows it. All are in the order of writing: place [L] is where each turn's byte stands,
+        by default from left to right. attention_mask, bool [B, L], is False where nothing may be seen, by default at
+        PAD, for which compiled code cannot look. Raises InputError if L exceeds rope_max_length_buffer.
         """
+        n = self.block_length if block_length is None else block_length
         if attention_mask is None and not torch.compiler.is_compiling() and (tokens == PAD).any():
             attention_mask = tokens != PAD
-        return self.output(self.hidden(tokens, attention_mask, clean, block_length)).float()  # [B, L, 256]
+        if n == 1 and clean is None:
+            return self.next_byte_logits(tokens, None, attention_mask)
+        text = (tokens if clean is None else clean) if n else None
+        logits = self.output(self.hidden(tokens, text, n, place, None, attention_mask)).float()
+        return logits if clean is not None else logits[:, -tokens.shape[1] :]
 
-    def hidden(self, tokens, attention_mask=None, clean=None, block_length=None, cache=None):
-        """What the output layer turns into logits, [B, L, D]; with a PositionCache only of its span."""
-        length, longest = tokens.shape[1], self.rope.shape[0]
+    def next_byte_logits(self, x0, place=None, attention_mask=None):
+        """Logits [B, L, 256] of each byte of x0 [B, L] given all that is written before it, and nothing of what comes
+        later: those of the clean stream. Where the order of writing jumps, and at its beginning, the byte before is not
+        the last one written; there a noisy block of MASKs predicts its first byte."""
+        (num_rows, length), n = x0.shape, self.block_length
+        firsts = torch.zeros(1, dtype=torch.int64, device=x0.device)
+        if place is not None:
+            firsts = torch.cat([firsts, 1 + (place.diff() != 1).nonzero().flatten()])
+            place = torch.cat([place, torch.arange(length, length + n, device=place.device)])  # for the last block
+        masks = x0.new_full((num_rows, len(firsts) * n), MASK)
+        hidden = self.hidden(masks, x0, n, place, firsts[None] if len(firsts) > 1 else None, attention_mask)
+        logits = self.output(hidden[:, :length]).roll(1, dims=1)
+        return logits.index_copy(1, firsts, self.output(hidden[:, length::n])).float()
+
+    def hidden(self, tokens, clean=None, n=0, place=None, firsts=None, attention_mask=None, cache=None):
+        """What the output layer turns into logits, [B, C + M n, D]: of the clean bytes [B, C] and of M noisy blocks,
+        tokens [B, M n]. The blocks begin at the turns firsts [B or 1, M], by default one after the other; the clean
+        bytes are those of the turns from 0 on or, with a cache, those of cache.turns."""
+        num_clean, num_noisy, device = 0 if clean is None else clean.shape[1], tokens.shape[1], tokens.device
+        length, longest = max(num_clean, num_noisy), len(self.rope)
         if length > longest:
             raise InputError(f"a sequence of {length} bytes exceeds rope_max_length_buffer={longest}; raise that field")
-        n = (self.block_length if block_length is None else block_length) or length
-        if n == 1:
-            known = tokens if clean is None else clean
-            tokens, clean = F.pad(known[:, :-1], (1, 0), value=MASK), None
-        num_clean = 0 if clean is None else (length - 1) // n * n  # the last block, clean, is seen by nobody
-        if num_clean:
-            tokens = torch.cat([clean[:, :num_clean], tokens], dim=1)  # [B, P]
-        if num_clean and attention_mask is not None:
-            attention_mask = torch.cat([attention_mask[:, :num_clean], attention_mask], dim=1)
-        layout = self.layout(length, n, num_clean, attention_mask, cache)
-        x = self.tok_embeddings(tokens if cache is None else tokens[:, cache.span])  # [B, P, D]
+        if attention_mask is not None and clean is not None:
+            of_blocks = attention_mask if firsts is None else torch.ones_like(tokens, dtype=torch.bool)
+            attention_mask = torch.cat([attention_mask, of_blocks[:, :num_noisy]], dim=1)
+        turns = torch.arange(num_clean, device=device)[None] if cache is None else cache.turns
+        place = torch.arange(length, device=device) if place is None else place
+        layout = self.layout(turns, firsts, num_noisy, n or num_noisy, place, attention_mask, cache)
+        x = self.tok_embeddings(tokens if clean is None else torch.cat([clean, tokens], dim=1))  # [B, P, D]
         if torch.is_autocast_enabled(x.device.type):  # autocast leaves the residual stream in fp32: more bytes to move
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
-            x = layer(x, layout, num_clean if layer is self.layers[-1] else 0)  # only noisy positions predict
+            x = layer(x, layout)
         return self.norm(x)
 
-    def layout(self, length, n, num_clean, attention_mask, cache):
-        """The Layout of a text of `length` bytes in blocks of n: `num_clean` clean bytes, then all of them, noisy; or
-        all in one stream, with a cache only those of its span. In blocks, nobody sees further than max_length back."""
-        place, device = torch.arange(length, device=self.rope.device), self.rope.device
-        sees = in_block = is_byte = None
-        if cache is None:
-            queries = keys = torch.cat([place[:num_clean], place])  # [P], [K]
-        else:
-            cache.first_key = max(0, (cache.span.start // n + 1) * n - self.max_length)
-            queries, keys = place[cache.span], place[cache.first_key :]
-        is_alone = cache is not None and len(queries) <= n  # one block alone: all kept keys are its own or earlier
-        is_causal = n == 1 and cache is None and attention_mask is None and length <= self.max_length
-        if n < length and not is_alone and not is_causal:
-            is_noisy = torch.arange(len(keys), device=device) >= (num_clean or len(keys))  # [K]
-            noisy_query, block, of_query = is_noisy[-len(queries) :, None], keys // n, queries[:, None] // n
-            is_earlier = block < of_query + ~noisy_query  # of clean keys; a clean query sees its own block, too
-            is_near = keys >= (of_query + 1) * n - self.max_length
-            sees = torch.where(is_noisy, noisy_query & (block == of_query), is_earlier & is_near)  # [P, K]
-        if 1 < n < length:
-            offset = torch.arange(self.conv_width, device=device) - self.conv_width // 2
-            in_block = (queries[:, None] + offset) // n == queries[:, None] // n  # [P, width]
+    def layout(self, turns, firsts, num_noisy, n, place, attention_mask, cache):
+        """Who sees whom, by one rule, *when* each byte is written: a clean byte sees the clean bytes of its own turn
+        and of earlier ones; a noisy byte those of earlier blocks, and the noisy bytes of its own block. Through
+        attention and through the convolution alike; through attention nobody sees further than max_length.
+
+        turns [B or 1, C], firsts [B or 1, M], n, cache: as in `hidden`; place [T]: where each turn's byte stands."""
+        (_, C), T, is_whole, device = turns.shape, len(place), firsts is None, place.device
+        number = torch.arange(num_noisy, device=device)
+        begin = number[None] // n * n if is_whole else firsts.repeat_interleave(n, dim=1)  # [B, P - C], of its block
+        turn = torch.cat([turns, begin + number % n], dim=1)  # [B, P]
+        known = torch.cat([turns, begin - 1], dim=1)[..., None]  # [B, P, 1]: the last turn whose clean byte is seen
+        block = F.pad(number // n, (C, 0), value=-1)[:, None]  # [P, 1]
+        read = turns if cache is None else torch.arange(cache.first, cache.stop, device=device)[None]  # [B, K]
+        K = read.shape[1]
+
+        sees_clean = read[:, None] <= known  # [B, P, K]
+        if T > self.max_length:
+            sees_clean &= (place[read][:, None] - place[turn][..., None]).abs() < self.max_length
+        sees_noisy = (block == number // n).expand(len(sees_clean), -1, -1)  # [B, P, P - C]
+        sees, is_byte = torch.cat([sees_clean, sees_noisy], dim=-1)[:, None], None
         if attention_mask is not None:
             is_byte = attention_mask[:, :, None]
-            is_self = torch.eye(len(keys), dtype=torch.bool, device=device)  # else PAD sees nothing: NaN
-            sees = attention_mask[:, None, None, :] & (True if sees is None else sees) | is_self
-        parts = in_parts(sees, num_clean, n) if num_clean else [((0, len(queries)), [(0, len(keys))], sees)]
-        return Layout(self.rope[queries], parts, in_block, is_byte, is_causal, num_clean, cache)
+            is_self = torch.eye(sees.shape[-1], dtype=torch.bool, device=device)  # else PAD sees nothing: NaN
+            sees = attention_mask[:, None, None, :] & sees | is_self
+        in_one = [((0, sees.shape[-2]), [(0, sees.shape[-1])], sees if C or attention_mask is not None else None)]
+        parts = in_parts(sees, C, n) if is_whole and C else in_one
+
+        width, nobody = self.conv_width, K + num_noisy
+        when = place.new_full((T + width,), T + n).scatter(0, place + width // 2, torch.arange(T, device=device))
+        near = when[place[turn][..., None] + torch.arange(width, device=device)]  # [B, P, width]: each neighbour's turn
+        in_block = torch.where((near <= known + n) & (block >= 0), K + block * n + near - known - 1, nobody)
+        neighbours, readers = torch.where(near <= known, near - (cache.first if cache else 0), in_block), None
+        if torch.is_grad_enabled():
+            nothing = place.new_full((nobody + 1, width), len(block))
+            position = torch.arange(len(block), device=device)[:, None].expand(-1, width)
+            streams = slice(0, C), slice(C, None)
+            readers = torch.stack([nothing.scatter(0, neighbours[0, part], position[part]) for part in streams])
+            readers[:, nobody] = len(block)
+        return Layout(self.rope[place[turn]][:, None], parts, neighbours, readers, is_byte, cache)
 
 
 # === The diffusion objective ==========================================================================================
@@ -582,13 +619,23 @@ def mask_bytes(x0, t, noise):
     return x0.masked_fill(is_masked, MASK), is_masked
 
 
-def predict_masked(model, x0, t, noise):
-    """Mask x0 and predict it; returns logits [B, L, 256], the cross-entropy in nats and is_masked, both [B, L]."""
-    xt, is_masked = mask_bytes(x0, t, noise)
-    logits = model(xt, clean=x0, block_length=x0.numel() // t.numel())
-    targets = x0.masked_fill(~is_masked, -100)  # -100: no loss
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return logits, cross_entropy.view_as(x0), is_masked
+def predict_masked(model, x0, t, noise, place=None):
+    """Mask x0 and predict it. Returns the model's logits, those of x0's bytes as the last [B, L, 256] of them, their
+    cross-entropy in nats and is_masked, both [B, L]. For blocks of one byte there is nothing to mask."""
+    n = x0.numel() // t.numel()
+    if n == 1:
+        logits, is_masked = model(x0), x0 != PAD
+    else:
+        xt, is_masked = mask_bytes(x0, t, noise)
+        logits = model(xt, clean=x0, place=place, block_length=block_length_of(model) and n)
+    nats = cross_entropy(logits[:, -x0.shape[1] :], x0, is_masked)
+    return logits, nats, is_masked
+
+
+def cross_entropy(logits, x0, is_target):
+    """In nats, [B, L], of the bytes x0 [B, L] by logits [B, L, 256]; 0 where is_target is False."""
+    targets = x0.masked_fill(~is_target, -100)  # -100: no loss
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(x0)
 
 
 def mean_of_masked(values, is_masked, num_blocks):
@@ -597,7 +644,7 @@ def mean_of_masked(values, is_masked, num_blocks):
     return values.sum(dim=-1) / is_masked.sum(dim=-1).clamp(min=1)
 
 
-def masked_diffusion_loss(model, x0, t=None, noise=None):
+def masked_diffusion_loss(model, x0, t=None, noise=None, place=None, next_byte_weight=0.0):
     """The negative evidence lower bound (NELBO, here "the bound"): an upper bound of -log p(x0) / L. (With the t
     and noise of training, see `training_noise`, it is weighted otherwise, and no bound.)
 
@@ -611,17 +658,27 @@ def masked_diffusion_loss(model, x0, t=None, noise=None):
     number of masks in the whole batch would be another objective. Block diffusion (BD3-LM, arXiv 2503.09573) is that
     in each block of n bytes, given the clean ones before: by the chain rule a bound, too; for n = 1 the likelihood.
 
+    Added to it, next_byte_weight times the mean cross-entropy of the clean stream's next bytes: the exact negative
+    log-likelihood, but for the first byte and those where the order of writing jumps, which only the blocks predict.
+
     `model` is a MaskPredictor, or called like one; x0 is int64 [B, L], clean bytes, PAD where a sequence is shorter; t
-    and noise are as of `draw_noise`, by default drawn by torch's generator. Returns a scalar, nats per byte.
+    and noise are as of `draw_noise`, by default drawn by torch's generator; place [L] is the order of writing, by
+    default from left to right. Returns a scalar, nats per byte.
     """
     if t is None:
         generator = torch.Generator(x0.device).manual_seed(int(torch.randint(2**62, ())))
         t, noise = draw_noise(*x0.shape, generator, block_length_of(model))
-    _, nats, is_masked = predict_masked(model, x0, t, noise)
+    x0 = x0 if place is None else x0[:, place]
+    logits, nats, is_masked = predict_masked(model, x0, t, noise, place)
     num_blocks = t.numel() // len(x0)
     lengths = into_blocks(x0 != PAD, num_blocks).sum(dim=-1)  # [B, blocks]
     means = mean_of_masked(nats, is_masked, num_blocks)
-    return ((means * lengths).sum(dim=1) / lengths.sum(dim=1).clamp(min=1)).mean()
+    loss = ((means * lengths).sum(dim=1) / lengths.sum(dim=1).clamp(min=1)).mean()
+    if next_byte_weight and 1 < num_blocks < x0.shape[1]:
+        is_next = x0[:, 1:] != PAD if place is None else (x0[:, 1:] != PAD) & (place.diff() == 1)
+        nats = cross_entropy(logits[:, : x0.shape[1] - 1], x0[:, 1:], is_next)
+        loss = loss + next_byte_weight * mean_of_masked(nats, is_next, 1).mean()
+    return loss
 
 
 def block_length_of(model):
@@ -652,137 +709,168 @@ def run_conditional_diffusion_inference(
     seed = config.seed if seed is None else seed
     require(seed >= 0, "seed", seed, "0 or more")
     require(response_length >= 0, "response_length", response_length, "0 or more")
-    unit = config.block_length if config.block_length and block_length_of(model) else 1
     longest = max(map(len, texts), default=0)
-    if longest + -longest % unit > config.rope_max_length_buffer:  # the last block is written to its end
+    if longest > config.rope_max_length_buffer and not block_length_of(model):  # in blocks a window slides over it
         limit = f"rope_max_length_buffer={config.rope_max_length_buffer}"
         raise InputError(f"prompt, response_length and suffix, {longest} bytes, exceed {limit}; shorten one of them")
-    n, own, sees_whole_texts = config.block_length, block_length_of(model), model.sees_whole_texts
-    accepted = f"{own}, in which the model was trained" + ", or 0" * sees_whole_texts
-    require(not own or n == own or n == 0 and sees_whole_texts, "block_length", n, accepted)
     ends = [max((place + 1 for place, token in enumerate(text) if token != MASK), default=0) for text in texts]
-    has_holes = any(MASK in text[:end] for text, end in zip(texts, ends))
-    accepted = "0, or above 1 with a whole_text_share above 0, in the training, to fill holes with text after them"
-    require(sees_whole_texts or not has_holes, "block_length", own, accepted)
+    check_sampling(model, config, any(MASK in text[:end] for text, end in zip(texts, ends)))
     batches, results = {}, [""] * len(texts)
     for number, text in enumerate(texts):
         batches.setdefault(tuple(token == MASK for token in text), []).append(number)
+    write = write_in_blocks if block_length_of(model) else denoise
+    model.extend_rope(longest + 2 * max(64, block_length_of(model)))  # drafts reach beyond the end
     with evaluation_mode(model):
         for numbers in batches.values():
             given, seeds = [texts[i] for i in numbers], [seed + i for i in numbers]
-            end, length = ends[numbers[0]], len(given[0])
-            given = torch.tensor(given, dtype=torch.int64, device=next(model.parameters()).device)
-            for x in fill_masks(model, given, end, config, seeds, in_blocks=bool(own and n)):
+            x, end = torch.tensor(given, dtype=torch.int64, device=next(model.parameters()).device), ends[numbers[0]]
+            on_step(x)
+            for x in write(model, x, config, seeds):  # noqa: B020  x is overwritten in place
                 is_over = after(x, end, until)
-                on_step(x[:, :length])
+                on_step(x)
                 if until and not ((x == MASK) & ~is_over).any():
                     break
-            x = x.masked_fill(is_over, PAD)[:, :length]
             if until:
+                x = x.masked_fill(after(x, end, until), PAD)
                 on_step(x)
             for i, row in zip(numbers, x.tolist()):
                 results[i] = bytes(token for token in row if token != PAD).decode(errors="replace")
     return results if is_batch else results[0]
 
 
-def fill_masks(model, x, end, config, seeds, in_blocks):
-    """Fill every MASK of x [N, L]; yields x before the first pass and after each. A model of blocks first fills holes
-    before `end`, seeing both sides as in whole texts. Then it writes on, block by block, the last one to its end."""
-    if in_blocks:
-        x = F.pad(x, (0, -x.shape[1] % config.block_length), value=MASK)
-    yield x
-    if in_blocks and (x[:, :end] == MASK).any():
-        whole = dataclasses.replace(config, block_length=0)
-        yield from (x for _ in denoise(model, x[:, :end], whole, seeds, in_blocks=False))
-    yield from denoise(model, x, config, seeds, in_blocks)
+def check_sampling(model, config, has_holes):
+    """Raises InputError: the model was not trained for what is asked of it, or would not heed it."""
+    own, n = block_length_of(model), config.block_length
+    accepted = "0, or above 1 with a hole_share above 0, in the training, to fill holes with text after them"
+    require(model.fills_holes or not has_holes, "block_length", own, accepted)
+    if own:
+        accepted = "1, as in the training" if own == 1 else "1 to 64 for a model that was trained in blocks"
+        require(n == 1 if own == 1 else 0 < n <= 64, "block_length", n, accepted)
+        for name in ("remasking", "inference_steps"):
+            value, default = getattr(config, name), CONFIG.__dataclass_fields__[name].default
+            require(value == default, name, value, f"{default!r}, but for models that were trained with block_length=0")
 
 
 @torch.inference_mode()
-def denoise(model, x, config, seeds, in_blocks):
-    """Fill the MASKs of x [N, L] in place; yields x after each pass.
+def write_in_blocks(model, x, config, seeds):
+    """Fill the MASKs of x [N, L] in place, from left to right; yields x after each pass.
+
+    The clean stream says what is written: each byte is drawn from its prediction, given all that was given or written
+    before. The noisy blocks make that fast: their bytes for the next n - 1 turns are drafts, which the next pass reads
+    as if they were written. As the draws of one place share their noise, a draft often equals what the clean stream
+    then draws; the first that does not is replaced by it, and what follows it is drafted anew. So the text is, byte
+    for byte, the same for every n. (Speculative decoding, arXiv 2211.17192, by Gumbel noise; drafts by one's own masked
+    block: 2511.08923.) One pass reads the last byte and its drafts, and drafts anew after each of them.
+    """
+    (N, L), n, own, device = x.shape, config.block_length, model.block_length, x.device
+    beyond = 2 * max(n, own)  # so many turns after the end are drafted, too, but not written
+    place, is_given = torch.arange(L + beyond, device=device), F.pad(x[0] != MASK, (0, beyond))
+    place = torch.cat([place[is_given], place[~is_given]])  # of each turn
+    text = F.pad(x, (0, beyond), value=MASK)[:, place]
+    noise = gumbel_noise(seeds, len(place), device)[:, place] if config.temperature else None
+
+    def draw(hidden, turns):
+        of_turns = None if noise is None else noise.gather(1, turns[..., None].expand(-1, -1, NUM_BYTES))
+        return draw_bytes(model.output(hidden).float(), config.temperature, config.top_p, of_turns)
+
+    is_jump, num_read, rows = [True, *(place.diff() != 1).tolist()], 0, torch.arange(N, device=device)
+    cache = ReadCache(rows, len(place), len(place) if any(is_jump[1:]) else max(model.max_length, model.conv_width))
+    num_given = int(is_given.sum())
+    starts = [turn for turn in range(num_given, L) if turn == num_given or is_jump[turn]]
+    for start, end in zip(starts, [*starts[1:], L]):  # of each hole, and of what is to follow the text
+        turns, drafts = torch.arange(num_read, start, device=device).expand(N, -1), text[:, :0]
+        first, length = torch.full((N,), start, device=device), own  # the next turn to write, of each row
+        while (first < end).any():
+            C, num_drafts = turns.shape[1], drafts.shape[1]
+            new = first[:, None] + torch.arange(num_drafts + 1, device=device)  # [N, drafts + 1]: what may be written
+            begins = new if n > 1 or is_jump[start] else new[:, :0]  # of a noisy block after each draft
+            masks = text.new_full((N, begins.shape[1] * length), MASK)
+            clean = torch.cat([text.gather(1, turns[:, : C - num_drafts]), drafts], dim=1)
+            hidden = model.hidden(masks, clean, length, place, begins, cache=cache.see(turns))
+            noisy = hidden[:, C:].unflatten(1, (-1, length))  # [N, drafts + 1, n, D]
+            drawn = draw(noisy[:, :, 0] if is_jump[start] else hidden[:, C - num_drafts - 1 : C], new)
+            agreed = (drawn[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)  # [N]: how many drafts, from the first on
+            agreed = torch.minimum(agreed, end - 1 - first)  # -1: the row has ended
+            is_new = torch.arange(num_drafts + 1, device=device) <= agreed[:, None]
+            text.scatter_(1, new, torch.where(is_new, drawn, text.gather(1, new)))
+            x[:, place[:L]] = text[:, :L]
+            yield x
+            first, is_jump[start] = first + agreed + 1, False
+            if n > 1:
+                last = noisy[rows, agreed.clamp(min=0), 1:n]  # of this block the first byte has been drawn
+                drafts = draw(last, first[:, None] + torch.arange(last.shape[1], device=device))
+            turns, length = first[:, None] - 1 + torch.arange(drafts.shape[1] + 1, device=device), n
+        num_read = end - 1
+
+
+@torch.inference_mode()
+def denoise(model, x, config, seeds):
+    """Fill the MASKs of x [N, L] in place, by a model of whole texts; yields x after each pass.
 
     This is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5), and everybody else's with another choice of the
-    positions to unmask. The text is cut into blocks, filled from left to right. Each pass predicts the block, draws a
-    byte for each of its MASKs and unmasks some of them. (LLaDA says it the other way round: fill all, then remask all
-    but the most confident, hence the field's name.) A row's random numbers depend on its seed and block alone.
-
-    A pass sees all of x. Or, in_blocks, only the block and those before it, as in training. Then what was computed for
-    finished blocks stays valid: a pass computes the block alone (at first the one before, too).
+    positions to unmask. The text is cut into blocks, filled from left to right. Each pass predicts all of x, draws a
+    byte for each MASK of the block and unmasks some of them. (LLaDA says it the other way round: fill all, then remask
+    all but the most confident, hence the field's name.) They are those whose drawn byte is most probable, which prefers
+    likely bytes; or any, "random" (MDLM, MD4). A row's random numbers depend on its seed and block alone.
     """
-    if config.remasking == "auto":
-        config = dataclasses.replace(config, remasking="left_to_right" if in_blocks else "low_confidence")
-    cache, previous = PositionCache(x.shape[1]), 0
-    precision = torch.float32 if x.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-    for block, passes in plan_blocks(x == MASK, in_blocks, config):
-        seeds_of_block = [derive_seed(seed, block.start, int(in_blocks)) for seed in seeds]
-        generators = [torch.Generator(x.device).manual_seed(seed) for seed in seeds_of_block]
+    for block, passes in plan_blocks(x == MASK, config):
+        generators = [torch.Generator(x.device).manual_seed(derive_seed(seed, block.start)) for seed in seeds]
         for number in range(passes):
             is_masked = x[:, block] == MASK  # [N, W]
-            if in_blocks:
-                cache.span = slice(block.start if number else previous, block.stop)
-                hidden = model.hidden(x[:, : block.stop], cache=cache)[:, block.start - block.stop :]
-            else:
-                hidden = model.hidden(x, block_length=0)[:, block]
-            logits = model.output(hidden).float()
-            if number % 16 == 0:  # for 16 passes at once: small draws cost as much as large ones
-                shape, on_device = (16, is_masked.shape[1], 2), {"dtype": precision, "device": x.device}
-                noise = torch.stack([torch.rand(shape, generator=g, **on_device) for g in generators])
-            for_bytes, for_order = noise[:, number % 16].unbind(dim=-1)  # [N, W] each
-            drawn = draw_bytes(logits, config.temperature, config.top_p, for_bytes)
-            scores = score_positions(config.remasking, logits, drawn, for_order)
+            logits = model.output(model.hidden(x)[:, block]).float()
+            noise = torch.stack([uniform_noise((is_masked.shape[1], 257), generator) for generator in generators])
+            drawn = draw_bytes(logits, config.temperature, config.top_p, to_gumbel(noise[..., :256]))
+            of_drawn = logits.softmax(dim=-1).gather(-1, drawn[..., None])[..., 0]
+            scores = of_drawn if config.remasking == "low_confidence" else noise[..., 256]
             counts = -(-is_masked.sum(dim=1) // (passes - number))  # an equal part for each of the passes left
             x[:, block] = torch.where(choose_positions(is_masked, scores, counts), drawn, x[:, block])
             yield x
-        previous = block.start
 
 
-def draw_bytes(logits, temperature, top_p, uniform):
+def uniform_noise(shape, generator):
+    """In float64 where the device has it: float32 Gumbel noise silently lowers the temperature (arXiv 2409.02908)."""
+    dtype = torch.float32 if generator.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    return torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
+
+
+def to_gumbel(uniform):
+    return -(-uniform.log()).log()
+
+
+def gumbel_noise(seeds, length, device):
+    """[N, length, 256], of each place: a function of the row's seed and the place alone, however much is written."""
+    rows = []
+    for seed in seeds:
+        seeds_of_row = [derive_seed(seed, start) for start in range(0, length, 64)]
+        generators = [torch.Generator(device).manual_seed(number) for number in seeds_of_row]
+        rows.append(torch.cat([uniform_noise((64, NUM_BYTES), generator) for generator in generators])[:length])
+    return to_gumbel(torch.stack(rows))
+
+
+def draw_bytes(logits, temperature, top_p, gumbel):
     """A byte for each row of logits [..., 256], drawn from softmax(logits / temperature), of which top_p keeps the most
-    probable bytes that together reach that probability (arXiv 1904.09751). Temperature 0 takes the most probable one.
-    `uniform` [...] is looked up in the cumulative distributions, in float64 where there is any: float32 Gumbel noise,
-    the usual way, silently lowers the temperature (arXiv 2409.02908)."""
+    probable bytes that together reach this probability (arXiv 1904.09751). Temperature 0 takes the most probable one.
+    The byte is the largest of logit / temperature + gumbel [..., 256] (Gumbel-max): draws from two predictions with
+    the same noise are as often equal as can simply be made."""
     if not temperature:
         return logits.argmax(dim=-1)
-    probs, order = (logits / temperature).softmax(dim=-1), None
+    logits = logits.to(gumbel.dtype) / temperature
     if top_p < 1:
-        probs, order = probs.sort(descending=True)
+        probs, order = logits.softmax(dim=-1).sort(descending=True)
         is_tail = probs.cumsum(dim=-1) - probs >= top_p
         is_tail[..., 0] = False  # the most probable one stays, however small top_p is
-        probs = probs.masked_fill(is_tail, 0.0)
-    cumulative = probs.cumsum(dim=-1, dtype=uniform.dtype)
-    reached = cumulative <= uniform[..., None] * cumulative[..., -1:]
-    drawn = reached.sum(dim=-1).clamp(max=NUM_BYTES - 1)  # the product may be rounded up to the last sum
-    return drawn if order is None else order.gather(-1, drawn[..., None])[..., 0]
+        logits = logits.masked_fill(is_tail.scatter(-1, order, is_tail), -torch.inf)
+    return (logits + gumbel).argmax(dim=-1)
 
 
-def score_positions(strategy, logits, drawn, uniform):
-    """Scores [N, W], the highest is unmasked first, from logits [N, W, 256] and the bytes drawn by them [N, W]:
-
-    left_to_right     the first first; what `mask_tilt` trains
-    random            by chance (MDLM, MD4)
-    low_confidence    probability of the drawn byte (LLaDA)
-
-    One byte per pass by either of the first two at temperature and top_p 1 would sample exactly, if the predictions
-    under all masks came from one joint distribution. The last one prefers likely bytes.
-    """
-    if strategy == "random":
-        return uniform
-    if strategy == "left_to_right":
-        return -torch.arange(drawn.shape[1], device=drawn.device).expand_as(drawn).to(uniform.dtype)
-    return logits.softmax(dim=-1).gather(-1, drawn[..., None])[..., 0]
-
-
-def plan_blocks(is_masked, is_grid, config):
+def plan_blocks(is_masked, config):
     """[(block, passes)]: the slices of is_masked [N, L] that hold a MASK, from left to right, and in how many passes
-    each is unmasked: inference_steps in all. Blocks start at the first MASK, or if is_grid at multiples of n."""
+    each is unmasked: inference_steps in all. Blocks start at the first MASK."""
     columns = is_masked[0].nonzero().flatten().tolist()
     if not columns:
         return []
     start, stop, length = columns[0], columns[-1] + 1, config.block_length or is_masked.shape[1]
-    if is_grid:
-        start = start // length * length
-    else:  # few passes for many blocks: longer ones
-        length = max(length, -(-(stop - start) // (config.inference_steps or stop)))
+    length = max(length, -(-(stop - start) // (config.inference_steps or stop)))  # for few passes longer blocks
     blocks = [slice(begin, min(begin + length, stop)) for begin in range(start, stop, length)]
     masks = [int(is_masked[0, block].sum()) for block in blocks]
     blocks, masks = zip(*((block, number) for block, number in zip(blocks, masks) if number))
@@ -817,21 +905,21 @@ def to_tokens(text, name="prompt"):
 
 def train(config, run_dir=None, checkpoint=None):
     """Train as `config` says, from scratch or from `checkpoint` (what `read_checkpoint` returned), in run_dir. Ctrl-C,
-    SIGTERM and a closed terminal end the run in order, after the step. Returns the exit code: 0, or 128 + the signal.
-    Raises TrainingError: the loss was not finite, or the last checkpoint could not be written."""
+    SIGTERM, SIGUSR1 and a closed terminal end the run in order, after the step. Returns the exit code: 0, or 128 + the
+    signal. Raises TrainingError: the loss was not finite, or the last checkpoint could not be written."""
     if checkpoint is None:
         write_starter_corpus(config)
     check_writable(run_dir or Path("runs"))
     train_set, validation_set = open_datasets(config, (checkpoint or {}).get("folder", "."))
     state = TrainingState(config, checkpoint)
     state.know_texts(train_set, validation_set)
+    check_sampling(state.ema, config, has_holes=False)
     if state.is_over():
         limit = "--max_steps" if state.step >= config.max_steps else "--max_minutes"
         say(f"{run_dir} ended at step {state.step:,}, after {state.minutes:.1f} minutes; to go on raise {limit}")
         return 0
     run_dir = run_dir or make_run_dir(config)
-    if rank() == 0:
-        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    lock = claim_run(run_dir, config) if rank() == 0 else None  # noqa: F841  held to the end
     log, model, num_micro_batches = Log(state, run_dir), in_parallel(state.model), config.gradient_accumulation_steps
     loss_function = compile_loss(model, config)
     intervals = config.log_every, config.validate_every, config.checkpoint_every
@@ -840,8 +928,8 @@ def train(config, run_dir=None, checkpoint=None):
         started, stop = time.perf_counter() - 60 * state.minutes, None
         log.restart()
         while stop is None:
-            n = block_length_of_step(config, state.step)
-            t, noise = training_noise(state, n)  # of all rows of the step, whoever computes them
+            t, noise = training_noise(state)  # of all rows of the step, whoever computes them
+            order = draw_order(config, state.step), config.next_byte_weight
             loss = torch.zeros((), device=config.device)
             for micro_batch in range(num_micro_batches):
                 first = (micro_batch * world_size() + rank()) * config.batch_size
@@ -851,13 +939,13 @@ def train(config, run_dir=None, checkpoint=None):
                 x0 = x0.to(config.device, non_blocking=x0.is_pinned()).long()
                 with nullcontext() if is_last or model is state.model else model.no_sync():
                     with autocast(config):
-                        part = loss_function(model, x0, t[rows], noise[rows]) / num_micro_batches  # forward
+                        part = loss_function(model, x0, t[rows], noise[rows], *order) / num_micro_batches  # forward
                     state.scaler.scale(part).backward()  # backward
                 loss += part.detach()
             if dist.is_initialized():
                 dist.all_reduce(loss)  # on a GPU the host does not wait for it
             loss /= world_size()
-            log.losses.setdefault(n, []).append(loss)  # on the device, so that no step waits for it
+            log.losses.append(loss)  # on the device, so that no step waits for it
             norm = optimizer_step(state)  # step
             stop = reason_to_stop(state, (time.perf_counter() - started) / 60, received)
             to_log, to_validate, to_save = (stop is not None or state.step % every == 0 for every in intervals)
@@ -869,25 +957,24 @@ def train(config, run_dir=None, checkpoint=None):
                 raise TrainingError(f"step {state.step:,} could not be saved to {run_dir}, see the warning above")
             if to_validate or to_save:
                 log.restart()
+        command = f"--resume {shlex.quote(str(run_dir))}"
         if stop:
-            say(f"stopped at step {state.step:,} and saved; to go on add to the command: --resume '{run_dir}'")
+            say(f"stopped at step {state.step:,} and saved; to go on add to the command: {command}")
             return 128 + stop
         num_bytes = min(len(validation_set.bytes), 2**20)  # the whole validation text, up to this size
-        bound, error = estimate_nelbo(state.ema, validation_set, num_bytes)
-        log.add("scalar", "val/final_bits_per_byte", bound)
+        figures = judge(state.ema, validation_set, num_bytes)
+        log.add_figures("val/final_", figures)
     say(f"done: {state.step:,} steps in {tqdm.format_interval(60 * state.minutes)}")
-    say(f"final {state.kind} on {num_bytes:,} bytes of validation text: {with_error(bound, error)} bits per byte")
-    say(f"try the best checkpoint: python main.py generate --checkpoint '{run_dir}' --watch")
+    say(f"final {in_words(figures)} bits per byte, on {num_bytes:,} bytes of validation text")
+    say(f"try the best checkpoint: python main.py generate --watch {command.replace('--resume', '--checkpoint')}")
     return 128 + received[0] if received else 0
 
 
 def reason_to_stop(state, minutes, received):
-    """None: go on; 0: the training is over; else the number of the signal that was received. The same answer in
-    all processes, which agree on it only every log_every steps. Sets state.minutes."""
-    is_asked = state.step % state.config.log_every == 0 or state.step >= state.config.max_steps
-    if dist.is_initialized() and not is_asked:
-        return None
-    state.minutes, number = over_processes("max", [minutes, max(received, default=0)]).tolist()
+    """None: go on; 0: the training is over; else the number of the signal that was received. The same answer in all
+    processes, which agree on it at every step. Sets state.minutes."""
+    is_orphan = is_distributed() and os.getppid() != state.parent  # the torchrun that started this process is gone
+    state.minutes, number = over_processes("max", [minutes, max(received, default=signal.SIGTERM * is_orphan)]).tolist()
     return 0 if state.is_over() else int(number) or None  # a signal in the last step comes too late
 
 
@@ -896,24 +983,34 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def training_noise(state, n):
-    """`draw_noise` of the whole batch of a step in blocks of n, over all micro-batches and processes, so that any split
-    of it gets the same; with the mask ratios of training. Seeds torch's generator for dropout, too."""
+def training_noise(state):
+    """`draw_noise` of the whole batch of a step, over all micro-batches and processes, so that any split of it gets the
+    same; of whole texts with the mask ratios of training. Seeds torch's generator for dropout, too."""
     config = state.config
     torch.manual_seed(derive_seed(config.seed, state.step, 1 + rank()))
     generator = torch.Generator(config.device).manual_seed(derive_seed(config.seed, state.step))
     num_rows = config.batch_size * config.gradient_accumulation_steps * world_size()
-    t, noise = draw_noise(num_rows, config.max_length, generator, n)
-    if not n:
-        return training_mask_ratios(t, config.mask_ratio_std), noise
-    place = torch.arange(config.max_length, device=noise.device) % n / n  # in its block
-    return t**config.block_mask_power, noise - config.mask_tilt * place
+    t, noise = draw_noise(num_rows, config.max_length, generator, config.block_length)
+    return t if config.block_length else training_mask_ratios(t, config.mask_ratio_std), noise
 
 
-def block_length_of_step(config, step):
-    """0, a whole text, in whole_text_share of the steps, evenly spread; else the block_length of CONFIG."""
-    is_whole = math.floor((step + 1) * config.whole_text_share) > math.floor(step * config.whole_text_share)
-    return 0 if is_whole and config.block_length > 1 else config.block_length
+def draw_order(config, step):
+    """The order of writing of a step, place [L], a function of (seed, step); None: always from left to right. In
+    hole_share of the steps, evenly spread, there are holes in the text, which are written last; what is given is
+    written first. Holes and the stretches between them have random lengths, whose mean is another in each step. In
+    every other such step the holes have whole blocks, so that blocks begin where holes do, as they will in writing."""
+    L, n, share = config.max_length, config.block_length, config.hole_share
+    if n < 2 or not share:
+        return None
+    is_hole, number = np.zeros(L, dtype=bool), math.floor((step + 1) * share)
+    if number > math.floor(step * share):
+        random = np.random.default_rng([config.seed, step, 1])
+        mean, unit = 4 * (L / 32) ** random.random(), 1 if number % 2 else n
+        at = random.integers(2) * math.ceil(random.exponential(mean))
+        while at + (length := unit * math.ceil(random.exponential(mean) / unit)) <= L:
+            is_hole[at : at + length] = True
+            at += length + math.ceil(random.exponential(mean))
+    return torch.from_numpy(is_hole.argsort(kind="stable")).to(config.device)
 
 
 def learning_rate_scale(config, step, minutes):
@@ -949,14 +1046,15 @@ def optimizer_step(state):
 def validate(state, train_set, validation_set, log):
     """Bounds and samples of the EMA weights, to console, TensorBoard and samples.txt; saves best.pt."""
     config, model = state.config, state.ema
-    train_bound, _ = estimate_nelbo(model, train_set, config.validation_bytes)
-    bound, error = estimate_nelbo(model, validation_set, config.validation_bytes)
+    of_training_text = judge(model, train_set, config.validation_bytes)
+    figures = judge(model, validation_set, config.validation_bytes)
+    bound, *_ = next(iter(figures.values()))
     best_before, state.best_bound = state.best_bound, min(state.best_bound, bound)
     if rank() == 0:
-        report = f"step {state.step:,}: {state.kind} {with_error(bound, error)} bits per byte"
-        say(f"{report}, on training text {train_bound:.3f}")
-        log.add("scalar", "train/bits_per_byte", train_bound)
-        log.add("scalar", "val/bits_per_byte", bound)
+        report = f"step {state.step:,}: {in_words(figures)} bits per byte"
+        say(f"{report}; on training text {in_words(of_training_text)}")
+        log.add_figures("train/", of_training_text)
+        log.add_figures("val/", figures)
         log.add("scalar", "val/best_bits_per_byte", state.best_bound)
         if config.num_samples:
             show_samples(state, validation_set, log, f"## {report}\n\n")
@@ -975,16 +1073,21 @@ def show_samples(state, validation_set, log, report):
     keep = {"on_step": lambda x: steps.append(x.clone())}
     run_conditional_diffusion_inference(state.ema, prompts, response_length, config, **keep)
     for prompt, written, truth in zip(prompts, steps[-1].tolist(), x0):
-        texts = {"prompt": prompt, "model": written[prompt_length:], "truth": truth[prompt_length:]}
-        for title, text in ((title, bytes(tokens).decode(errors="replace")) for title, tokens in texts.items()):
+        while prompt_length < len(truth) and truth[prompt_length] & 0xC0 == 0x80:
+            prompt_length += 1  # to a whole character
+        texts = {"prompt": truth[:prompt_length], "model": written[prompt_length:], "truth": truth[prompt_length:]}
+        for title, tokens in texts.items():
+            text = bytes(tokens).decode(errors="replace").strip("\ufffd")  # characters that are cut in two
             say(f"    {title:<6}  {text[-60:] if title == 'prompt' else text[:60]!r}")  # about 80 columns
             report += as_code(title, text)
     for number in range(1, len(steps), math.ceil(len(steps) / 4)):
         title = f"the first sample after {number} of {len(steps) - 1} passes"
         report += as_code(title, show_masks(steps[number][0].tolist()))
     log.add("text", "samples", report)
-    with suppress(OSError), open(log.run_dir / "samples.txt", "a", encoding="utf-8") as file:  # a disk may be full
-        file.write(report)
+    with suppress(OSError), open(log.run_dir / "samples.txt", "a+", encoding="utf-8") as file:  # a disk may be full
+        file.seek(0)
+        if report.partition(":")[0] + ":" not in file.read():  # the step may have been validated before a crash
+            file.write(report)
 
 
 # ######################################################################################################################
@@ -1006,29 +1109,62 @@ def evaluation_mode(model):
         model.train(was_training)
 
 
-@torch.no_grad()
-def measure(model, dataset, max_bytes=0, block_length=None, batch_size=64, seed=0):
-    """Mask each block of a text once, and predict it, in the precision of the weights. Returns four float64 [blocks]:
-    lengths, mask ratios, mean cross-entropies of the masked bytes in bits, and accuracies: the fraction of them where
-    the most probable byte is right. If max_bytes is above 0 about so many bytes are measured, in chunks spread evenly.
-    The noise is a function of `seed` alone. All processes of a distributed run take part and get the same result."""
-    device, n = next(model.parameters()).device, block_length_of(model) if block_length is None else block_length
+def chunks_of(dataset, max_bytes, batch_size):
+    """(their number, [(their rows, x0 [rows, L]), ...] of this process): chunks of max_length, spread evenly over the
+    text, as many as about max_bytes hold, or all of them if it is 0."""
     num_chunks = len(dataset) if not max_bytes else min(len(dataset), math.ceil(max_bytes / dataset.max_length))
     chunks = np.arange(num_chunks) * len(dataset) // num_chunks
+    batches = torch.arange(num_chunks).split(batch_size)[rank() % world_size() :: world_size()]
+    return num_chunks, ((rows, torch.stack([dataset[chunks[row]] for row in rows])) for rows in batches)
+
+
+@torch.no_grad()
+def measure(model, dataset, max_bytes=0, batch_size=16, seed=0):
+    """Mask each block of a text once, and predict it, in the precision of the weights. Returns three float64 [blocks]:
+    lengths, mask ratios and mean cross-entropies of the masked bytes in bits. If max_bytes is above 0 about so many
+    bytes are measured, in chunks spread evenly. The noise is a function of `seed` alone. All processes of a distributed
+    run take part and get the same result."""
+    device = next(model.parameters()).device
+    num_chunks, batches = chunks_of(dataset, max_bytes, batch_size)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same masks whatever the device
-    t, noise = draw_noise(num_chunks, dataset.max_length, generator, n)
-    measured, num_blocks = torch.zeros(4, *t.shape, dtype=torch.double), t.shape[1]
+    t, noise = draw_noise(num_chunks, dataset.max_length, generator, block_length_of(model))
+    measured, num_blocks = torch.zeros(3, *t.shape, dtype=torch.double), t.shape[1]
     with evaluation_mode(model):
-        for number, rows in enumerate(torch.arange(num_chunks).split(batch_size)):
-            if number % world_size() == rank() % world_size():
-                x0 = torch.stack([dataset[chunks[row]] for row in rows]).to(device)
-                logits, nats, is_masked = predict_masked(model, x0, t[rows].to(device), noise[rows].to(device))
-                lengths, is_right = into_blocks(x0 != PAD, num_blocks).sum(dim=-1), logits.argmax(-1) == x0
-                ratios = into_blocks(is_masked, num_blocks).sum(dim=-1) / lengths
-                means = [mean_of_masked(values, is_masked, num_blocks) for values in (nats * BITS_PER_NAT, is_right)]
-                measured[:, rows] = torch.stack([result.cpu().double() for result in (lengths, ratios, *means)])
+        for rows, x0 in batches:
+            x0 = x0.to(device)
+            _, nats, is_masked = predict_masked(model, x0, t[rows].to(device), noise[rows].to(device))
+            lengths, masked = (into_blocks(x, num_blocks).sum(dim=-1) for x in (x0 != PAD, is_masked))
+            bits = mean_of_masked(nats, is_masked, num_blocks) * BITS_PER_NAT
+            measured[:, rows] = torch.stack([x.cpu().double() for x in (lengths, masked / lengths, bits)])
     measured = over_processes("sum", measured).flatten(1)
     return measured[:, measured[0] > 0]
+
+
+@torch.no_grad()
+def measure_next_byte(model, dataset, max_bytes=0, batch_size=16):
+    """The exact cost of a text, written from left to right by the clean stream: two float64 [chunks], lengths and mean
+    bits per byte. The chunks, and the processes, are those of `measure`."""
+    num_chunks, batches = chunks_of(dataset, max_bytes, batch_size)
+    measured = torch.zeros(2, num_chunks, dtype=torch.double)
+    for rows, x0 in batches:
+        bits, is_byte = exact_likelihood(model, x0.to(next(model.parameters()).device)), x0 != PAD
+        measured[:, rows] = torch.stack([is_byte.sum(dim=1).double(), mean_of_masked(bits, is_byte, 1)[:, 0]])
+    return over_processes("sum", measured)
+
+
+def judge(model, dataset, max_bytes=0):
+    """{"bound": (mean, standard error), "next byte": the same, exact}, in bits per byte; of the autoregressive twin
+    {"exact likelihood": ...}, of a model of whole texts the bound alone."""
+    n = block_length_of(model)
+    figures = {"exact likelihood" if n == 1 else "bound": estimate_nelbo(model, dataset, max_bytes)}
+    if n > 1:
+        lengths, bits = measure_next_byte(model, dataset, max_bytes)
+        figures["next byte"] = mean_over_bytes(bits, lengths)
+    return figures
+
+
+def in_words(figures):
+    return ", ".join(f"{name} {with_error(*figure)}" for name, figure in figures.items())
 
 
 def mean_over_bytes(values, lengths, ratios=None):
@@ -1049,39 +1185,59 @@ def with_error(value, error):
     return f"{value:.3f}" + ("" if error is None or math.isnan(error) else f" ± {error:.3f}")
 
 
-def estimate_nelbo(model, dataset, max_bytes=0, batch_size=64, seed=0):
+def estimate_nelbo(model, dataset, max_bytes=0, batch_size=16, seed=0):
     """(mean, standard error) of the bound of `masked_diffusion_loss` over a text, in bits per byte; see `measure`."""
-    lengths, ratios, bits, _ = measure(model, dataset, max_bytes, None, batch_size, seed)
+    lengths, ratios, bits = measure(model, dataset, max_bytes, batch_size, seed)
     return mean_over_bytes(bits, lengths, None if len(ratios.unique()) == 1 else ratios)
 
 
-def by_mask_ratio(ratios, bits, accuracy):
-    """What `measure` returned of whole texts, sorted by the mask ratio k / L: a list of ten (upper end of the bin in
-    percent, bits per masked byte of its chunks, their accuracies)."""
-    number = (10 * ratios - 1e-5).ceil().clamp(1, 10)  # k / L of exactly 10 % is of the first bin
-    return [(10 * i, bits[number == i], accuracy[number == i]) for i in range(1, 11)]
-
-
 @torch.no_grad()
-def exact_likelihood(model, x0, order="left_to_right", start=0):
-    """Bits of each byte of x0 [B, L] (no PAD in it) from `start` on by the chain rule: float64 [B, L - start].
-    A block's bytes are revealed one by one, the others are MASK: `left_to_right`, as in an autoregressive model, or
-    `most_confident_first`, which follows from the bytes seen so far alone, so is exact, too (arXiv 2603.01367). All
-    blocks at once, each after its clean past: as many passes as a block has bytes."""
-    length, n = x0.shape[1], block_length_of(model) or x0.shape[1]
-    x0 = F.pad(x0, (0, -length % n), value=PAD)
+def exact_likelihood(model, x0, order="as_written", is_hole=None):
+    """Bits of each byte of x0 [B, L] by the chain rule, float64 [B, L], on the CPU; 0 at PAD. With is_hole, bool [L],
+    those of the holes, given all else.
+
+    as_written            by the clean stream, in one pass: the law by which text is written. n = 0: left_to_right
+    left_to_right         by the masked predictions: the bytes of a block, the others MASK, are revealed from the left
+    most_confident_first  in the order that follows from the bytes seen so far alone, so exact, too (arXiv 2603.01367)
+
+    The last two take all blocks at once, each after its clean past: as many passes as a block has bytes."""
+    if len(x0) > 64:  # in parts that fit into memory
+        return torch.cat([exact_likelihood(model, rows, order, is_hole) for rows in x0.split(64)])
+    (_, length), n, place = x0.shape, block_length_of(model), torch.arange(x0.shape[1], device=x0.device)
+    is_hidden = (x0 != PAD) if is_hole is None else (x0 != PAD) & is_hole
+    if n and order == "as_written":
+        place = None if is_hole is None else torch.cat([place[~is_hole], place[is_hole]])
+        written = x0 if place is None else x0[:, place]
+        with evaluation_mode(model):
+            logits = model.next_byte_logits(written, place, None if (x0 != PAD).all() else written != PAD)
+        nats = cross_entropy(logits, written, written != PAD)
+        nats = nats if place is None else nats[:, place.argsort()]
+        return torch.where(is_hidden, nats, 0.0).cpu().double() * BITS_PER_NAT
+    n = n or length
+    x0, is_hidden = F.pad(x0, (0, -length % n), value=PAD), F.pad(is_hidden, (0, -length % n))
     bits, place = torch.zeros(x0.shape, dtype=torch.double), torch.arange(x0.shape[1], device=x0.device)
-    is_hidden, one = (place >= start) & (x0 != PAD), torch.ones(1, device=x0.device)
+    one = torch.ones(1, device=x0.device)
     with evaluation_mode(model):
         passes = range(is_hidden.view(-1, n).sum(dim=1).max())
         for _ in tqdm(passes, order, leave=False, disable=None):  # None: on a terminal alone
-            log_probs = model(x0.masked_fill(is_hidden, MASK), clean=x0).log_softmax(dim=-1)
+            logits = model(x0.masked_fill(is_hidden, MASK), clean=x0)[:, -x0.shape[1] :]
+            log_probs = logits.log_softmax(dim=-1)
             scores = log_probs.amax(dim=-1) if order == "most_confident_first" else -place.float().expand_as(x0)
             is_next = choose_positions(is_hidden.view(-1, n), scores.reshape(-1, n), one).view_as(x0)
             of_truth = log_probs.gather(-1, x0.clamp(max=NUM_BYTES - 1)[..., None])[..., 0]
             bits -= torch.where(is_next, of_truth, 0.0).cpu().double() * BITS_PER_NAT
             is_hidden &= ~is_next
-    return bits[:, start:length]
+    return bits[:, :length]
+
+
+def write_many(model, prompts, config, seed, progress=None):
+    """Texts of one length with their MASKs filled, int64 [N, L], in parts that fit into memory."""
+    size, rows, progress = rows_at_once(prompts), [], progress or Progress()
+    for first in range(0, len(prompts), size):
+        part = prompts[first : first + size]
+        run_conditional_diffusion_inference(model, part, 0, config, seed=seed + first, on_step=progress)
+        rows.append(progress.last)
+    return torch.cat(rows)
 
 
 WORD = re.compile(rb"[\w\x80-\xff]+")  # letters of other scripts are bytes from 0x80 on
@@ -1127,35 +1283,35 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
         rows.append({"figure": figure, "kind": kind, "value": value, "standard_error": error, "text": text})
         rows[-1]["is_far_off"] = bool(is_far_off)
 
-    def sample(prompts, response_length, **overrides):
-        settings = dataclasses.replace(config, **overrides)
-        progress = Progress()
-        run_conditional_diffusion_inference(model, prompts, response_length, settings, seed=seed, on_step=progress)
-        return progress.last
+    def sample(prompts, **overrides):
+        return write_many(model, prompts, dataclasses.replace(config, **overrides), seed)
 
-    lengths, ratios, bits, accuracies = measure(model, dataset, seed=seed)
-    kind = ("likelihood", "exact") if block_length_of(model) == 1 else ("NELBO", "bound")
+    n, lengths, ratios, bits = block_length_of(model), *measure(model, dataset, seed=seed)
+    kind = ("likelihood", "exact") if n == 1 else ("NELBO", "bound")
     report(*kind, bits, lengths=lengths, ratios=None if kind[1] == "exact" else ratios)
-    if model.sees_whole_texts:
-        if block_length_of(model):
-            lengths, ratios, bits, accuracies = measure(model, dataset, block_length=0, seed=seed)
-            report("NELBO, one block", "bound", bits, lengths=lengths, ratios=ratios)
-        for end, some_bits, accuracy in by_mask_ratio(ratios, bits, accuracies):
-            report(f"cross-entropy at {end} %", "other", some_bits)
-            report(f"accuracy at {end} %", "other", accuracy)
-    half, hole = length // 2, min(20, length // 2)
+    if n > 1:
+        lengths, bits = measure_next_byte(model, dataset)
+        report("next byte", "exact", bits, lengths=lengths)
+    half, hole, place = length // 2, min(20, length // 2), torch.arange(length, device=device)
     left_to_right = exact_likelihood(model, x0)
     report("left to right", "exact", left_to_right.mean(dim=1))
-    if block_length_of(model) != 1:
+    if n > 1:
+        report("left to right, in blocks", "exact", exact_likelihood(model, x0, "left_to_right").mean(dim=1))
+    if n != 1:
         report("most confident first", "exact", exact_likelihood(model, x0, "most_confident_first").mean(dim=1))
-    if model.sees_whole_texts:
+    if model.fills_holes:
         start = (length - hole) // 2
-        holes = [[*x[:start], *[MASK] * hole, *x[start + hole :]] for x in x0.tolist()]
-        is_right = sample(holes, 0, temperature=0.0) == x0
-        report("infilling, greedy", "other", is_right[:, start : start + hole].float().mean(dim=1))
-    for kind, prompts, text in (("free", [b""] * num_chunks, x0), ("prompted", x0[:, :half].tolist(), x0[:, half:])):
-        num_bytes = text.shape[1]
-        samples = sample(prompts, num_bytes)[:, -num_bytes:]
+        is_hole = (place >= start) & (place < start + hole)
+        of_hole = exact_likelihood(model, x0, is_hole=is_hole)[:, start : start + hole].mean(dim=1)
+        of_left = left_to_right[:, start : start + hole].mean(dim=1)
+        report("holes, the left given", "exact", of_left)
+        report("holes, both sides given", "exact", of_hole)
+        report("what the right is worth", "other", of_left - of_hole)
+        for name, temperature in (("greedy", 0.0), ("drawn", config.temperature)):
+            is_right = sample(x0.masked_fill(is_hole, MASK).tolist(), temperature=temperature) == x0
+            report(f"holes, {name}", "other", is_right[:, start : start + hole].float().mean(dim=1))
+    for kind, given in (("free", 0), ("prompted", half)):
+        text, samples = x0[:, given:], sample(x0.masked_fill(place >= given, MASK).tolist())[:, given:]
         if kind == "free":
             own, usual = exact_likelihood(model, samples).mean(dim=1), left_to_right.mean().item()
             report("likelihood of own samples", "exact", own, usual, own.mean() < 0.5 * usual)
@@ -1353,8 +1509,7 @@ class TrainingState:
 
     def __init__(self, config, checkpoint=None):
         self.config, self.step, self.minutes, self.best_bound, self.texts = config, 0, 0.0, math.inf, {}
-        self.kind = "exact likelihood" if config.block_length == 1 else "bound"
-        here, is_here = os.getcwd(), os.path.exists(config.train_data_file)
+        self.parent, here, is_here = os.getppid(), os.getcwd(), os.path.exists(config.train_data_file)
         self.folder = here if is_here else (checkpoint or {}).get("folder", here)  # in which its texts are
         check_compiler_cache()
         torch.manual_seed(derive_seed(config.seed))  # a CPU's generator knows only the lowest 32 bits of a seed
@@ -1413,7 +1568,11 @@ def save_checkpoint(run_dir, name, state):
         with open(temporary, "wb") as file:
             torch.save(state.state_dict(), file)
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no fsync
+                    raise
         for seconds in (0.0, 0.1, 0.5, 2.0):
             time.sleep(seconds)
             with suppress(PermissionError):  # on Windows a virus scanner may hold the file for a moment
@@ -1491,6 +1650,10 @@ def load_checkpoint(path, device="auto"):
 # === Logging ==========================================================================================================
 
 
+def on_terminal():
+    return getattr(sys.stdout, "isatty", bool)()  # a notebook's stream may lack it
+
+
 def say(text):
     """Print a line above the progress bar, on the first process alone."""
     if rank() == 0:
@@ -1508,13 +1671,19 @@ class Log:
     seconds. Silent on every process but the first."""
 
     def __init__(self, state, run_dir):
-        from torch.utils.tensorboard import SummaryWriter  # imported late: it takes seconds
-
-        self.state, self.run_dir, self.next_line, self.losses = state, run_dir, 0.0, {}
+        try:
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # else it misses CUDA on a CPU
+            from torch.utils.tensorboard import SummaryWriter  # imported late: it takes seconds
+        except (ImportError, TypeError) as error:  # protobuf raises the latter
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"tensorboard: {reason}; run: pip install --upgrade -r requirements.txt") from None
+        self.state, self.run_dir, self.next_line, self.losses = state, run_dir, 0.0, []
         self.writer = SummaryWriter(run_dir, purge_step=state.step + 1) if rank() == 0 else None
         self.add("text", "settings", as_code("", json.dumps(dataclasses.asdict(state.config), indent=2)))
-        is_hidden = rank() != 0 or not sys.stdout.isatty()
-        self.bar = tqdm(total=state.config.max_steps, initial=state.step, file=sys.stdout, disable=is_hidden)
+        is_hidden = rank() != 0 or not on_terminal()
+        self.bar = tqdm(
+            total=state.config.max_steps, initial=state.step, file=sys.stdout, disable=is_hidden, dynamic_ncols=True
+        )
         self.bar.bar_format = "{desc} |{bar}|"  # a narrow terminal cuts the bar, not the text
 
     def add(self, kind, name, value):
@@ -1525,6 +1694,10 @@ class Log:
         except OSError as error:
             say(f"warning: TensorBoard's log cannot be written ({error.strerror}); going on without it")
             self.writer = None
+
+    def add_figures(self, prefix, figures):
+        for name, (value, _) in figures.items():
+            self.add("scalar", prefix + "next_byte_" * (name == "next byte") + "bits_per_byte", value)
 
     def restart(self):
         """Begin a new interval: time spent before it, as for a validation, is not the training's."""
@@ -1549,10 +1722,8 @@ class Log:
         rate = self.state.optimizers[0].param_groups[0]["lr"]
         left = (config.max_steps - step) * seconds / steps
         left = min(left, max(0, 60 * (config.max_minutes - self.state.minutes))) if config.max_minutes else left
-        means = {n: torch.stack(losses).mean().item() for n, losses in self.losses.items()}
-        for n, mean in means.items():  # those of whole texts and of blocks differ
-            self.add("scalar", "train/loss" if n == config.block_length else "train/loss_of_whole_texts", mean)
-        self.losses, loss = {}, means.get(config.block_length, loss)
+        loss, self.losses = torch.stack(self.losses).mean().item(), []
+        self.add("scalar", "train/loss", loss)
         self.add("scalar", "train/learning_rate", rate)
         self.add("scalar", "train/bytes_per_second", bytes_per_second)
         self.add("scalar", "train/gradient_norm", norm)
@@ -1606,6 +1777,23 @@ def make_run_dir(config):
             run_dir = run_dir.with_name(run_dir.name + "_2")
 
 
+def claim_run(run_dir, config):
+    """Write config.json, and keep it locked: no other process may go on with the same run. Returns the open file."""
+    file = open(run_dir / "config.json", "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{run_dir}: another process is training this run; wait for its end, or end it") from None
+    except (ImportError, OSError):  # Windows and some network file systems have no locks
+        pass
+    file.truncate(0)
+    file.write(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    file.flush()
+    return file
+
+
 def as_code(title, text):
     return f"{title}\n\n" + "".join(f"    {line}\n" for line in text.splitlines()) + "\n"
 
@@ -1624,7 +1812,7 @@ class Progress:
     """Keeps the last step of a sampler, x [N, L]; if watched it is drawn on the terminal, masks as dots."""
 
     def __init__(self, is_watched=False):
-        self.last, self.is_watched = None, is_watched and sys.stdout.isatty()
+        self.last, self.is_watched = None, is_watched and on_terminal()
 
     def __call__(self, x):
         self.last = x.clone()  # the sampler goes on writing into x
@@ -1662,11 +1850,10 @@ def compile_loss(model, config):
         with warnings.catch_warnings(), model.no_sync() if dist.is_initialized() else nullcontext():
             warnings.filterwarnings("ignore", message="TensorFloat32")  # advice, no error
             x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
-            for block_length in {block_length_of_step(config, step) for step in range(min(config.max_steps, 1000))}:
-                t, noise = draw_noise(*x0.shape, torch.Generator(config.device).manual_seed(0), block_length)
-                with autocast(config):
-                    loss = compiled(model, x0, t, noise)
-                loss.backward()
+            t, noise = draw_noise(*x0.shape, torch.Generator(config.device).manual_seed(0), config.block_length)
+            with autocast(config):
+                loss = compiled(model, x0, t, noise, draw_order(config, 0), config.next_byte_weight)
+            loss.backward()
     except Exception as error:  # noqa: BLE001  whatever went wrong inside the compiler, training works without it
         failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     model.zero_grad()
@@ -1717,14 +1904,16 @@ def distributed_run(config):
 
 @contextmanager
 def stop_signals():
-    """A list that receives SIGINT, SIGTERM or SIGHUP (a closed terminal), to end in order; a second ends it at once."""
+    """A list that receives SIGINT, SIGTERM, SIGHUP (a closed terminal) or SIGUSR1 (a scheduler's limit is near), to end
+    in order; a second ends it at once."""
     received = []
 
     def receive(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+    numbers = numbers if threading.current_thread() is threading.main_thread() else []  # others may not ask for them
     heeded = [number for number in numbers if signal.getsignal(number) not in (None, signal.SIG_IGN)]  # else: nohup
     before = {number: signal.signal(number, receive) for number in heeded}
     try:
@@ -1798,19 +1987,18 @@ def profile_command(argv):
     x0 = train_set.random_crops(config.seed, 0, slice(None), config.batch_size).to(config.device).long()
     loss_function = compile_loss(state.model, config)
     matrix = torch.randn(size, size, device=config.device, dtype=AMP_DTYPES[config.amp_dtype])
-    tasks, flops = {"product": lambda: matrix @ matrix}, {}
 
     def train_step(t, noise):
         with autocast(config):
-            loss = loss_function(state.model, x0, t, noise)
+            loss = loss_function(state.model, x0, t, noise, *order)
         state.scaler.scale(loss).backward()
         optimizer_step(state)
 
-    for n in sorted({block_length_of_step(config, step) for step in range(1000)}):
-        t, noise = (part[: config.batch_size] for part in training_noise(state, n))
-        row = x0[:1], t[:1], noise[:1]
-        flops[n] = len(t) * count_flops(lambda row=row: masked_diffusion_loss(state.model, *row).backward())
-        tasks[n] = lambda t=t, noise=noise: train_step(t, noise)
+    t, noise = (part[: config.batch_size] for part in training_noise(state))
+    order = draw_order(config, 0), config.next_byte_weight
+    row = x0[:1], t[:1], noise[:1], *order
+    flops = len(t) * count_flops(lambda: masked_diffusion_loss(state.model, *row).backward())
+    tasks = {"product": lambda: matrix @ matrix, "step": lambda: train_step(t, noise)}
     timers = [Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads()) for task in tasks.values()]
     times = [[timer.timeit(1).mean for timer in timers] for _ in range(25)][5:]  # in turn; the first five warm up
     seconds = dict(zip(tasks, np.median(times, axis=0)))
@@ -1819,11 +2007,10 @@ def profile_command(argv):
     print(f"{config.device} {config.amp_dtype}, {shape}; medians")
     gpu = torch.cuda.get_device_name(config.device) if on_cuda else ""
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu and config.amp_dtype == "bf16"), None)
-    for n, of_step in flops.items():
-        kind, rate = f"blocks of {n}" if n else "whole texts", of_step / seconds[n]
-        of_peak = f", {rate / peak / 1e12:.0%} of the published peak" if peak else ""
-        print(f"{kind:<12} {num_bytes / seconds[n]:,.0f} bytes/s, {seconds[n] * 1e3:,.1f} ms per step, ", end="")
-        print(f"{rate / 1e9:,.1f} GFLOP/s, {rate / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large product{of_peak}")
+    rate = flops / seconds["step"]
+    of_peak = f", {rate / peak / 1e12:.0%} of the published peak" if peak else ""
+    print(f"{num_bytes / seconds['step']:,.0f} bytes/s, {seconds['step'] * 1e3:,.1f} ms per step, ", end="")
+    print(f"{rate / 1e9:,.1f} GFLOP/s, {rate / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large product{of_peak}")
     with torch.profiler.profile() as profiler:
         train_step(t, noise)
     run_dir = make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}"))
@@ -1859,8 +2046,8 @@ def resolve_defaults(config):
         config.amp_dtype = "bf16" if has_bf16(config.device) else "fp16" if on_cuda else "fp32"
 
 
-STRATEGIES = ("auto", "left_to_right", "random", "low_confidence")
-MAY_BE_ZERO = "dropout block_length whole_text_share conv_width mask_ratio_std mask_tilt muon_learning_rate "
+STRATEGIES = ("low_confidence", "random")
+MAY_BE_ZERO = "dropout block_length next_byte_weight hole_share conv_width mask_ratio_std muon_learning_rate "
 MAY_BE_ZERO += "weight_decay warmup_steps ema_decay max_minutes inference_steps temperature num_samples seed"
 
 
@@ -1881,7 +2068,7 @@ def check_config(c):
     require(c.conv_width % 2 or not c.conv_width, "conv_width", c.conv_width, "odd, to be centred, or 0")
     require(c.dropout < 1, "dropout", c.dropout, "at least 0 and below 1")
     require(c.ema_decay < 1, "ema_decay", c.ema_decay, "at least 0 and below 1")
-    require(c.whole_text_share <= 1, "whole_text_share", c.whole_text_share, "at most 1")
+    require(c.hole_share <= 1, "hole_share", c.hole_share, "at most 1")
     require(c.top_p <= 1, "top_p", c.top_p, "above 0 and at most 1")
     require(not 0 < c.temperature < 1e-3, "temperature", c.temperature, "0, or at least 0.001")
     is_name = re.fullmatch(r"[^/\\]+", c.name) and c.name.isprintable()
@@ -1902,6 +2089,10 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, command, description=""):
         super().__init__(f"main.py {command}", description=description, allow_abbrev=False)
 
+    def parse_args(self, argv):
+        with_hyphens = r"^--[a-z]+(-[a-z]+)+(?==|$)"  # --max-steps is --max_steps
+        return super().parse_args([re.sub(with_hyphens, lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv])
+
     def error(self, message):
         dash = re.match("argument (--[a-z_]+).*: expected one argument", message)
         hint = f"a value that begins with - is written {dash[1]}=-..." if dash else "see --help"
@@ -1917,13 +2108,15 @@ def parse_bool(text):
 
 def add_config_flags(parser, only=None):
     """One flag for each field of CONFIG, explained by the comment behind the field."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
+    source = Path(__file__).read_text("utf-8") if "__file__" in globals() else ""  # not so if a notebook ran it
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     for field in dataclasses.fields(CONFIG):
         if only is None or field.name in only:
             default = "{cpu} on a CPU, {gpu} on a GPU".format(**field.metadata) if field.metadata else field.default
             default = default if only is None or field.name == "device" else "that of the run"
             about = f"{comments.get(field.name, '')} (default: {default})".replace("%", "%%")
-            options = {"type": field.type, "metavar": field.type.__name__.upper(), "help": about}
+            kind = os.path.expanduser if field.name.endswith("_file") else field.type
+            options = {"type": kind, "metavar": field.type.__name__.upper(), "help": about}
             if field.type is bool:  # --compile, --compile false
                 options |= {"type": parse_bool, "nargs": "?", "const": True}
             parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)  # only given flags override
@@ -1931,15 +2124,21 @@ def add_config_flags(parser, only=None):
 
 def train_command(argv):
     parser = OneLineParser("[train]", "Train. Other commands: generate, evaluate, profile")
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run (folder or checkpoint); auto: the newest")
+    about = "go on with this run (folder or checkpoint); auto: the newest, or a new one if there is none"
+    parser.add_argument("--resume", metavar="RUN", nargs="?", const="auto", type=os.path.expanduser, help=about)
     add_config_flags(parser)
     overrides = vars(parser.parse_args(argv))
     run_dir, checkpoint = overrides.pop("resume"), None
+    if run_dir == "auto" and not list(Path("runs").glob("*/*.pt")):
+        say("no run to go on with: a new one begins")
+        run_dir = None
     if run_dir is not None:
         path = newest_run() if run_dir == "auto" else Path(run_dir)
         names = [name for name in ("latest.pt", "best.pt") if (path / name).exists()] or ["latest.pt"]
         path = path / names[0] if path.is_dir() else path
-        run_dir, checkpoint = path.parent, read_checkpoint(path)
+        checkpoint = read_checkpoint(path)
+        run_dir = path.parent if (path.parent / "config.json").exists() else None  # else it is alone: a new folder
+        say(f"going on with {path}")
     config = saved_config(checkpoint, **overrides) if checkpoint else CONFIG(**overrides)
     with distributed_run(config):
         return train(config, run_dir, checkpoint)
@@ -1947,7 +2146,8 @@ def train_command(argv):
 
 def load_for_command(parser, fields, argv):
     """The arguments, the model of --checkpoint, its CONFIG with the flags put into it, the path and the checkpoint."""
-    parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or a run's folder (default: the newest run)")
+    about = "a checkpoint or a run's folder (default: the newest run)"
+    parser.add_argument("--checkpoint", metavar="PATH", type=os.path.expanduser, help=about)
     add_config_flags(parser, fields)
     arguments = parser.parse_args(argv)
     path = newest_run() if arguments.checkpoint is None else Path(arguments.checkpoint)
@@ -1962,7 +2162,8 @@ SAMPLING = ["block_length", "remasking", "inference_steps", "temperature", "top_
 def generate_command(argv):
     fields = [*SAMPLING, "seed", "device"]
     parser = OneLineParser("generate", "Write text after a prompt, before a suffix, or into holes.")
-    about = "text to continue; {12} is a hole of 12 bytes, {2-12} one of 2 to 12, whichever fits, {{ and }} are braces "
+    about = r"text to continue; {12} is a hole of 12 bytes, {2-12} one of 2 to 12, whichever fits; {{ }} \n \t \\ are "
+    about += r"braces, a line's end, a tab and a backslash; - reads the standard input, which is taken as it is "
     parser.add_argument("--prompt", help=about + "(default: what follows an empty line)")
     parser.add_argument("--suffix", default="", help="text to lead up to, which may have holes, too")
     parser.add_argument("--response_length", type=int, help="bytes to write (default: up to max_length; 0 with holes)")
@@ -1971,65 +2172,89 @@ def generate_command(argv):
     parser.add_argument("--watch", action="store_true", help="show the text emerge, pass by pass, in a terminal")
     arguments, model, config, path, state = load_for_command(parser, fields, argv)
     require(0 < arguments.samples <= 4096, "samples", arguments.samples, "1 to 4096")
-    is_free, until = arguments.prompt is None and not arguments.suffix, arguments.until
-    until = "\n\n" if until is None and is_free else (until or "").replace("\\n", "\n").replace("\\t", "\t")
-    prompts = holes_to_masks("\n\n" if arguments.prompt is None else arguments.prompt)
-    suffixes = holes_to_masks(arguments.suffix)
-    given, length, progress = prompts[-1] + suffixes[-1], arguments.response_length, Progress(arguments.watch)
+    is_free, length = arguments.prompt is None and not arguments.suffix, arguments.response_length
+    until = "\n\n" if arguments.until is None and is_free else unescape(arguments.until or "")
+    prompts = [[*sys.stdin.buffer.read()]] if arguments.prompt == "-" else holes_to_masks(arguments.prompt or "\n\n")
+    suffixes, progress = holes_to_masks(arguments.suffix, "suffix"), Progress(arguments.watch)
+    given = prompts[-1] + suffixes[-1]
     if length is None:
         length = 0 if MASK in given else config.max_length - len(given)
         accepted = f"below max_length={config.max_length}, or give --response_length"
         require(length > 0 or MASK in given, "prompt", f"{len(given)} bytes", accepted)
     require(length >= 0, "response_length", length, "0 or more")
+    accepted = "without one of unknown length where the prompt has one"
+    require(len(prompts) == 1 or len(suffixes) == 1, "suffix", arguments.suffix, accepted)
     texts = [prompt + [MASK] * length + suffix for prompt in prompts for suffix in suffixes]
-    fillings = best_fillings(model, texts, config, progress, max(16, arguments.samples))
-    require(fillings or len(texts) == 1, "prompt", arguments.prompt, "a text that goes on after a hole like {2-12}")
-    texts = fillings[: arguments.samples] or texts * arguments.samples
-    samples = run_conditional_diffusion_inference(model, texts, 0, config, until=os.fsencode(until), on_step=progress)
-    for number, text in enumerate(samples):
-        text = text.removeprefix("\n\n").removesuffix("\n\n") if is_free else text
-        if arguments.samples > 1:
-            print(f"--- filling {number + 1}" if fillings else f"--- seed {config.seed + number}")
-        print(printable(text.encode()) if sys.stdout.isatty() else text)
-    print(f"({path}, step {state['step']:,})", file=sys.stderr)
+    ends_open, is_filled = texts[0][-1:] == [MASK], len(texts) > 1
+    require(ends_open or not until, "until", until, "left out where the text's end is given: it ends what follows")
+    if is_filled:
+        texts = best_fillings(model, texts, config, progress, arguments.samples)[: arguments.samples]
+        if len(texts) < arguments.samples:
+            print(f"notice: {len(texts)} different fillings were drawn; --temperature 2 varies more", file=sys.stderr)
+    else:
+        texts = texts * arguments.samples
+    size = rows_at_once(texts)
+    for first in range(0, len(texts), size):
+        options = {"until": os.fsencode(until), "on_step": progress, "seed": config.seed + first}
+        samples = run_conditional_diffusion_inference(model, texts[first : first + size], 0, config, **options)
+        for number, text in enumerate(samples, first):
+            text = text.removeprefix("\n\n").removesuffix("\n\n") if is_free else text.removesuffix("\ufffd")  # half
+            if arguments.samples > 1:
+                print(f"--- filling {number + 1}" if is_filled else f"--- seed {config.seed + number}")
+            print(printable(text.encode()) if on_terminal() else text)
+    print(f"({path}, step {state.get('step', 0):,})", file=sys.stderr)
     return 0
 
 
-def holes_to_masks(text):
+def rows_at_once(texts):
+    return max(1, 2**16 // max(1, *map(len, texts)))  # some 200 MB of random numbers, keys and values
+
+
+ESCAPES = {"{{": "{", "}}": "}", r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+HOLE = r"\{([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?\}|(\{[\d ,.:_-]*\d[\d ,.:_-]*\})"  # the second: what looks like one
+
+
+def unescape(text):
+    return re.sub(r"\\[nt\\]", lambda match: ESCAPES[match[0]], text)
+
+
+def holes_to_masks(text, name="prompt"):
     """Texts as lists of tokens: a{3}b becomes [[97, MASK, MASK, MASK, 98]], and a hole of unknown length, {2-12}, one
-    text for each of its lengths; {{ and }} stand for braces."""
-    unknown, texts = r"(?<!\{)\{([1-9][0-9]{0,3})-([1-9][0-9]{0,3})\}(?!\})", []
-    lengths = re.findall(unknown, text) or [(0, 0)]
-    shortest, longest = map(int, lengths[0])
-    accepted = "a text with at most one hole {2-12}, of a least and a largest length"
-    require(len(lengths) == 1 and shortest <= longest, "prompt or suffix", text, accepted)
-    for length in range(shortest, longest + 1):
-        known, tokens = re.sub(unknown, f"{{{length}}}", text), []
-        for literal, hole in re.findall(r"(\{\{|\}\}|[^{]|\{(?![1-9][0-9]{0,5}\}))|\{([0-9]+)\}", known, re.DOTALL):
-            tokens += [MASK] * int(hole) if hole else os.fsencode({"{{": "{", "}}": "}"}.get(literal, literal))
-        texts.append(tokens)
+    text for each of its lengths; for ESCAPES what they stand for."""
+    texts = [[]]
+    for match in re.finditer(r"\{\{|\}\}|\\[nt\\]|" + HOLE + "|.", text, re.DOTALL):
+        shortest, longest, wrong = match.groups()
+        lengths = range(int(shortest or 0), int(longest or shortest or 0) + 1)
+        accepted = "{4}, a hole of 4 bytes, or {2-12}, one of 2 to 12; for these characters themselves write {{ for {"
+        require(lengths and not wrong, name, match[0], accepted)
+        accepted = "the only hole of unknown length, and of at most 64 lengths"
+        require(len(lengths) == 1 or len(texts) == 1 and len(lengths) <= 64, name, match[0], accepted)
+        literal = [] if shortest else [*os.fsencode(ESCAPES.get(match[0], match[0]))]
+        texts = [tokens + literal + [MASK] * length for tokens in texts for length in lengths]
     return texts
 
 
-def best_fillings(model, texts, config, progress, candidates):
-    """The texts, lists of tokens, with their holes filled, different ones, the best first; none if there are no holes.
-    Each text is filled `candidates` times, with the seeds from config.seed on. The best is the one whose holes and what
-    is given after them are most probable together, by the exact likelihood from left to right. So lengths are
-    comparable, and what stands far to the right, which the drawing of a hole hardly heeds, is heeded."""
-    bits, drawn = {}, dataclasses.replace(config, top_p=1.0)  # all fillings: the choice comes later
-    for text in texts:
-        end = max((place + 1 for place, token in enumerate(text) if token != MASK), default=0)
-        if MASK in text[:end]:
-            run_conditional_diffusion_inference(model, [text[:end]] * candidates, 0, drawn, on_step=progress)
-            costs = exact_likelihood(model, progress.last, start=text.index(MASK)).sum(dim=1).tolist()
-            bits |= {(*row, *text[end:]): cost for row, cost in zip(progress.last.tolist(), costs)}
+def best_fillings(model, texts, config, progress, number, candidates=16):
+    """The texts, lists of tokens, one for each length of a hole, with their holes filled; different ones, the best
+    first. Each is filled 16 times or as often as `number` says, with the seeds from config.seed on. The best is the one
+    whose hole and what is given after it are most probable together, written from left to right: a probability among
+    texts of all lengths."""
+    bits, candidates = {}, max(candidates, number)
+    end = 1 + max((place for place, token in enumerate(texts[-1]) if token != MASK), default=-1)
+    tail = len(texts[-1]) - end
+    require(MASK in texts[-1][:end], "prompt", "a hole of unknown length", "followed by text, which tells its length")
+    print(f"filling {len(texts)} lengths {candidates} times each; the most probable stay", file=sys.stderr)
+    for text in texts[::-1]:  # the longest first: if that does not fit nothing has been computed in vain
+        rows = write_many(model, [text[: len(text) - tail]] * candidates, config, config.seed, progress)
+        costs = exact_likelihood(model, rows)[:, text.index(MASK) :].sum(dim=1).tolist()
+        bits |= {(*row, *[MASK] * tail): cost for row, cost in zip(rows.tolist(), costs)}
     return [list(text) for text in sorted(bits, key=bits.get)]
 
 
 def evaluate_command(argv):
     fields = [*SAMPLING, "train_data_file", "validation_data_file", "max_length", "device"]
     parser = OneLineParser("evaluate", "Likelihoods, infilling and samples of a model, with their errors.")
-    parser.add_argument("--file", metavar="TEXT", help="another text to evaluate on")
+    parser.add_argument("--file", metavar="TEXT", type=os.path.expanduser, help="another text to evaluate on")
     parser.add_argument("--chunks", type=int, default=16, help="chunks, holes and samples of each figure but the bound")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--seed", type=int, default=0, help="of masks and samples (default: 0)")
@@ -2051,7 +2276,7 @@ def evaluate_command(argv):
         dataset = dataset or own_dataset
     rows = evaluate(model, config, dataset, training_text, arguments.chunks, arguments.seed)
     print(json.dumps(rows, indent=2) if arguments.json else as_table(rows))
-    print(f"({path}, step {state['step']:,}, {dataset.path}, {len(dataset.bytes):,} bytes)", file=sys.stderr)
+    print(f"({path}, step {state.get('step', 0):,}, {dataset.path}, {len(dataset.bytes):,} bytes)", file=sys.stderr)
     return 0
 
 
@@ -2065,14 +2290,16 @@ def main(argv=None):
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  the shell's >&- closes it
     if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
-        is_console = sys.stdout.isatty()  # one that is not UTF-8 shows what it can; a file or pipe loses nothing
+        is_console = on_terminal()  # one that is not UTF-8 shows what it can; a file or pipe loses nothing
         sys.stdout.reconfigure(encoding=None if is_console else "utf-8", errors="replace")
     command, rest = (COMMANDS[argv[0]], argv[1:]) if argv and argv[0] in COMMANDS else (train_command, argv)
     try:
-        return command(rest)
-    except ImportError as error:  # of tensorboard, which only a training needs
-        print(f"error: {error}; run: pip install -r requirements.txt", file=sys.stderr)
-        return 2
+        code = command(rest)
+        sys.stdout.flush()  # while a full disk or a closed pipe can still be told
+        return code
+    except BrokenPipeError:  # nobody reads on: silence, as of cat
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered must go somewhere
+        return 128 + signal.SIGPIPE
     except (InputError, TrainingError, OSError, dist.DistError) as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever was typed
         return 2 if isinstance(error, InputError) else 1
@@ -2081,7 +2308,9 @@ def main(argv=None):
         is_memory = isinstance(error, MemoryError) or re.search("out of memory|allocate memory|Storage size", reason)
         if not is_memory and not (is_distributed() and "by peer" in reason):
             raise
-        what = "out of memory; lower batch_size or max_length" if is_memory else "another process is gone; use --resume"
+        lower = "--samples or --response_length" if command is generate_command else "--chunks or --max_length"
+        lower = lower if command in (generate_command, evaluate_command) else "batch_size or max_length"
+        what = f"out of memory; lower {lower}" if is_memory else "another process is gone; use --resume"
         print(f"error: {what} ({reason})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the training loop, which catches the signal itself

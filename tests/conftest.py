@@ -48,7 +48,7 @@ def random_model(config, seed=0):
 class KnownJoint(torch.nn.Module):
     """Stands for a perfect model of three bytes that are 0 or 1 with a known joint distribution: exact conditionals."""
 
-    block_length, sees_whole_texts = 0, True
+    block_length, fills_holes = 0, True
 
     def __init__(self):
         super().__init__()
@@ -56,10 +56,13 @@ class KnownJoint(torch.nn.Module):
         self.nothing = torch.nn.Parameter(torch.zeros(1))
         self.output = torch.nn.Identity()
 
-    def forward(self, tokens, clean=None):  # of one block: there is no clean past
+    def extend_rope(self, length):
+        pass
+
+    def forward(self, tokens, **_):  # of one block: there is no clean past
         return self.output(self.hidden(tokens))
 
-    def hidden(self, tokens, attention_mask=None, block_length=0):
+    def hidden(self, tokens):
         logits = torch.full((*tokens.shape, 256), -100.0)
         for row, sequence in enumerate(tokens.tolist()):
             index = tuple(slice(None) if token == main.MASK else slice(token, token + 1) for token in sequence)
@@ -133,7 +136,7 @@ def train_tiny(folder, *arguments):
     os.chdir(folder)
     try:
         with contextlib.redirect_stdout(console):
-            code = main.main([*TINY_FLAGS, "--num_samples=1", "--inference_steps=4", *arguments])
+            code = main.main([*TINY_FLAGS, "--num_samples=1", *arguments])
     finally:
         os.chdir(here)
     assert code == 0, console.getvalue()

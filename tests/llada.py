@@ -22,7 +22,7 @@ def llada_generate(model, prompt, length, steps, block_length, temperature=0.0, 
         masks = int((x[0, start : start + block_length] == main.MASK).sum())
         quota = [masks // steps_per_block + (1 if i < masks % steps_per_block else 0) for i in range(steps_per_block)]
         for count in quota:
-            logits = model(x, block_length=0)[0]
+            logits = model(x)[0]
             forward_passes += 1
             noisy = logits
             if temperature:

@@ -61,7 +61,7 @@ def test_a_text_of_ones_own_is_held_out_from_and_left_alone(tmp_path):
         (["--max_length", "5000"], "max_length=5000 is not possible: it must be at most rope_max_length_buffer=4096"),
         (
             ["--remasking", "magic"],
-            "remasking='magic' is not possible: it must be one of auto, left_to_right, random",
+            "remasking='magic' is not possible: it must be one of low_confidence, random",
         ),
         (["--dropout", "1"], "dropout=1.0"),
         (["--device", "tpu"], "device='tpu'"),
@@ -70,7 +70,7 @@ def test_a_text_of_ones_own_is_held_out_from_and_left_alone(tmp_path):
         (["--train_data_file", "nowhere.txt"], "nowhere.txt: is missing"),
         (["--validation_data_file", "typo.txt"], "typo.txt: is missing"),
         (["--conv_width", "4"], "conv_width=4 is not possible: it must be odd"),
-        (["--resume", "auto"], "no run with a checkpoint"),
+        (["--resume", "nowhere.pt"], "nowhere.pt"),
         (["--resume", "nowhere"], "nowhere"),
         (["generate", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
         (["generate"], "train one first"),
@@ -175,12 +175,6 @@ def test_generate_continues_a_prompt_and_fills_a_hole(trained):
     assert run_main(folder, "generate", "--prompt", "", "--seed", "3").stdout != unprompted
 
 
-def test_generate_refuses_what_does_not_fit(trained):
-    folder, _ = trained
-    message = one_line_error(run_main(folder, "generate", "--prompt", "x", "--response_length", "100000"))
-    assert "rope_max_length_buffer=4096" in message
-
-
 @pytest.mark.parametrize(
     "flags, named",
     [
@@ -200,16 +194,16 @@ def test_holes_in_a_prompt_are_filled_and_several_samples_differ(trained):
     done = run_main(folder, "generate", "--prompt", "be{3}not{2}", "--samples", "3", "--top_p", "1")
     assert done.returncode == 0, done.stderr
     assert main.holes_to_masks("be{3}not{2}") == [[*b"be", *[main.MASK] * 3, *b"not", *[main.MASK] * 2]]
-    assert main.holes_to_masks("{0} {} {a}") == [list(b"{0} {} {a}")]
-    parts = re.split(r"--- filling (\d+)\n", done.stdout)
-    assert parts[1::2] == ["1", "2", "3"]
+    assert main.holes_to_masks("{} {a}") == [list(b"{} {a}")]
+    parts = re.split(r"--- seed (\d+)\n", done.stdout)
+    assert parts[1::2] == ["0", "1", "2"]
     assert len(set(parts[2::2])) == 3
     for text in parts[2::2]:
         assert text.startswith("be")
         assert "not" in text
     done = run_main(folder, "generate", "--prompt", "to {2-3}")
     assert done.returncode == 2
-    assert "error: prompt='to {2-3}' is not possible: it must be a text that goes on after a hole" in done.stderr
+    assert "error: prompt='a hole of unknown length' is not possible: it must be followed by text" in done.stderr
     done = run_main(folder, "generate", "--prompt", "to be", "--samples", "2", "--response_length", "4")
     assert re.findall("--- seed .", done.stdout) == ["--- seed 0", "--- seed 1"]
 
@@ -224,7 +218,7 @@ def test_evaluate_prints_the_same_table_for_the_same_seed_and_keeps_bound_and_ex
     bound, error = main.estimate_nelbo(model, dataset)
     head, first, *_ = done.stdout.splitlines()
     assert first.split()[:4] == ["NELBO", f"{bound:.3f}", "±", f"{error:.3f}"]
-    (exact,) = [line for line in done.stdout.splitlines() if line.startswith("left to right")]
+    (exact,) = [line for line in done.stdout.splitlines() if line.startswith("left to right  ")]
     number = re.search(r"\d\.\d{3}", exact)
     assert number.start() == head.index("exact")
     figures = json.loads(run_main(folder, *options, "--json").stdout)
@@ -233,7 +227,7 @@ def test_evaluate_prints_the_same_table_for_the_same_seed_and_keeps_bound_and_ex
     assert f"{values['left to right']:.3f}" == number.group()
     assert {
         "most confident first",
-        "infilling, greedy",
+        "holes, greedy",
         "known words, free",
         "copied, prompted",
     } <= values.keys()
@@ -285,8 +279,7 @@ def test_a_gpu_trains_evaluates_and_generates(text_folder, monkeypatch, capsys, 
 def test_profile_reports_speed_fraction_of_the_ceiling_and_where_the_time_goes(text_folder, conv_width):
     done = run_main(text_folder, "profile", *TINY_FLAGS, f"--conv_width={conv_width}")
     assert done.returncode == 0, done.stderr
-    for kind in ("blocks of 4", "whole texts"):
-        assert re.search(kind + r" +[\d,]+ bytes/s, .* GFLOP/s, \d+% of", done.stdout)
+    assert re.search(r"[\d,]+ bytes/s, .* GFLOP/s, \d+% of", done.stdout)
     for part in ("Optimizer.step", "aten::", "Backward"):
         assert part in done.stdout
     (trace,) = text_folder.glob("runs/*/trace.json")
@@ -315,7 +308,7 @@ def test_a_missing_tensorboard_is_one_line_before_anything_is_compiled(text_fold
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setattr(main, "compile_loss", lambda *_: 1 / 0)
     assert main.main(TINY_FLAGS) == 2
-    assert "pip install -r requirements.txt" in capsys.readouterr().err
+    assert "pip install --upgrade -r requirements.txt" in capsys.readouterr().err
 
 
 def test_importing_main_does_nothing(tmp_path):

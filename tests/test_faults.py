@@ -159,13 +159,13 @@ def test_no_file_is_left_open(text_folder):
 class CertainOfWhatItSees(torch.nn.Module):
     """Predicts 'a' the more surely the more bytes are in view: so the mask ratio explains most of the cross-entropy."""
 
-    block_length, sees_whole_texts = 0, True
+    block_length, fills_holes = 0, True
 
     def __init__(self):
         super().__init__()
         self.nothing = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, tokens, clean=None, block_length=None):
+    def forward(self, tokens, block_length=None, **_):
         n = block_length or tokens.shape[1]
         visible = (tokens != main.MASK).double().unflatten(1, (-1, n)).mean(dim=-1).repeat_interleave(n, dim=1)
         logits = torch.zeros(*tokens.shape, 256, dtype=torch.double)
@@ -189,7 +189,7 @@ def test_the_standard_error_of_a_bound_is_the_spread_over_disjoint_texts(tmp_pat
 
 @pytest.mark.parametrize("n", [0, 1, 4])
 def test_the_smallest_top_p_is_the_most_probable_byte(n):
-    config = main.CONFIG(**{**TINY, "block_length": n, "temperature": 1.0, "remasking": "random"})
+    config = main.CONFIG(**{**TINY, "block_length": n, "temperature": 1.0})
     model, texts = random_model(config), {}
     for top_p in (1e-6, 0.5, 0.9):
         settings = dataclasses.replace(config, top_p=top_p)
@@ -245,7 +245,7 @@ def test_the_logged_loss_is_the_mean_of_all_steps_since_the_last_point(text_fold
 
     seen, original = [], main.masked_diffusion_loss
     monkeypatch.setattr(main, "masked_diffusion_loss", lambda *a: seen.append(original(*a)) or seen[-1])
-    run_dir, _ = train_tiny(text_folder, "--max_steps=20", "--log_every=10", "--num_samples=0", "--whole_text_share=0")
+    run_dir, _ = train_tiny(text_folder, "--max_steps=20", "--log_every=10", "--num_samples=0")
     logged = read_scalars(run_dir)["train/loss"]
     assert logged[10] == pytest.approx(sum(seen[:10]).item() / 10, rel=1e-5)
     assert logged[20] == pytest.approx(sum(seen[10:]).item() / 10, rel=1e-5)

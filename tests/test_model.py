@@ -80,7 +80,7 @@ def test_attention_equals_a_naive_loop(kind, masked):
     if masked:
         visible[0, 5:] = visible[1, 0] = False
     parts = [((0, 7), [(0, 7)], visible[:, None, None] if masked else None)]
-    ours = attention(x, main.Layout(model.rope[:7], parts))
+    ours = attention(x, main.Layout(model.rope[:7], parts, neighbours=None))
     torch.testing.assert_close(ours, naive_attention(attention, x, config.rope_theta, visible), rtol=1e-4, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_attention_depends_on_distances_only(kind):
     model = random_model(main.CONFIG(**TINY, **kind))
     attention, x = model.layers[0].attention, torch.randn(2, 7, 32)
     parts = [((0, 7), [(0, 7)], None)]
-    here, there = (attention(x, main.Layout(model.rope[start : start + 7], parts)) for start in (0, 40))
+    here, there = (attention(x, main.Layout(model.rope[start : start + 7], parts, None)) for start in (0, 40))
     torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-4)
 
 
@@ -203,7 +203,9 @@ def test_the_convolution_equals_pytorch_s_own(config):
     reference = torch.nn.Conv1d(32, 32, 5, padding=2, groups=32, bias=False)
     reference.weight.copy_(convolution.weight.T[:, None])
     x = torch.randn(3, 11, 32)
-    ours = convolution(x, main.Layout(rope=None, parts=[]))
+    neighbours = (torch.arange(11)[:, None] + torch.arange(-2, 3))[None]
+    neighbours = neighbours.where((neighbours >= 0) & (neighbours < 11), 11)  # beyond the ends: nobody
+    ours = convolution(x, main.Layout(rope=None, parts=[], neighbours=neighbours))
     torch.testing.assert_close(ours, x + reference(x.mT).mT)
 
 

@@ -66,7 +66,7 @@ def test_the_loss_equals_the_published_integral_over_t(config, model):
 
 @pytest.mark.parametrize("length", [1, 2, 7, 128])
 def test_uniform_logits_cost_exactly_eight_bits_on_every_draw(length):
-    def uniform(tokens, clean, block_length):
+    def uniform(tokens, **_):
         return torch.zeros(*tokens.shape, 256)
 
     for seed in range(20):
@@ -172,7 +172,7 @@ def test_the_mask_ratios_of_a_step_are_stratified_anew_over_the_whole_batch():
     config = main.CONFIG(**{**TINY, "batch_size": 4}, gradient_accumulation_steps=5, mask_ratio_std=0.0)
     offsets, state = set(), main.TrainingState(config)
     for state.step in range(50):
-        t, scores = main.training_noise(state, 0)
+        t, scores = main.training_noise(state)
         assert scores.shape == (20, 16)
         t = t[:, 0].sort().values
         assert (t * 20).floor().tolist() == list(range(20))

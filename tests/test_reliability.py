@@ -153,7 +153,7 @@ def test_a_full_disk_is_said_and_keeps_the_checkpoint_before(text_folder):
 
 
 def test_a_best_model_that_could_not_be_saved_does_not_keep_the_next_one_from_being_saved(text_folder, monkeypatch):
-    bounds = iter([0, 5, 0, 3, 0, 4, 0])  # in turn of the training and the validation text, at last the final one
+    bounds = iter([0, 9, 5, 9, 0, 9, 3, 9, 0, 9, 4, 9, 0, 9])  # bound and next byte of training, then validation text
     monkeypatch.setattr(main, "mean_over_bytes", lambda *_: (float(next(bounds)), 0.1))
     original = main.save_checkpoint
     is_full = lambda name, state: (name, state.step) == ("best.pt", 4)
@@ -363,7 +363,7 @@ def test_any_command_line_runs_or_is_refused_in_one_line(arguments, tmp_path, mo
             "mask_ratio_std": st.sampled_from([0.0, 0.1, 5.0]),
             "warmup_steps": st.integers(0, 3),
             "remasking": st.sampled_from(main.STRATEGIES),
-            "whole_text_share": st.sampled_from([0.0, 0.5, 1.0]),
+            "hole_share": st.sampled_from([0.0, 0.5, 1.0]),
             "num_samples": st.integers(0, 2),
         }
     )
@@ -375,6 +375,8 @@ def test_any_accepted_size_trains_and_samples(tmp_path_factory, overrides):
     sizes = {"model_dim": 4 * overrides["num_heads"], "qk_rope_head_dim": 2, "max_steps": 2}
     sizes["max_length"] = overrides["max_length"] * (overrides["block_length"] or 5)
     settings_ = {**TINY, **overrides, **sizes}
+    if settings_["block_length"]:  # these are of LLaDA's sampler alone
+        del settings_["inference_steps"], settings_["remasking"]
     here = os.getcwd()
     os.chdir(folder)
     try:
@@ -495,7 +497,7 @@ def test_a_thousand_steps_leak_no_memory_no_files_and_no_threads(text_folder, mo
         seen.append((resident_bytes(), len(os.listdir("/proc/self/fd")), threading.active_count()))
 
     monkeypatch.setattr(main.Log, "step", watch)
-    flags = [*TINY_FLAGS, "--max_steps=1000", "--validate_every=250", "--num_samples=1", "--inference_steps=2"]
+    flags = [*TINY_FLAGS, "--max_steps=1000", "--validate_every=250", "--num_samples=1"]
     assert main.main([*flags, "--log_every=50", "--checkpoint_every=50"]) == 0
     memory, files, threads = zip(*seen[5:])  # after the first validation
     assert max(memory) - memory[0] < 30e6

@@ -97,7 +97,7 @@ def test_the_partial_last_chunk_counts_by_its_bytes(tmp_path):
             super().__init__()
             self.anchor = torch.nn.Parameter(torch.zeros(()))
 
-        def forward(self, tokens, clean=None, block_length=0):
+        def forward(self, tokens, **_):
             logits = torch.full((*tokens.shape, 256), -1e9)
             logits[..., ord("a")] = 0.0
             logits[..., ord("b")] = -math.log(1024)  # 10 bits
@@ -126,8 +126,8 @@ def test_a_run_writes_what_the_readme_promises(text_folder):
     scalars = read_scalars(run_dir)
     assert set(scalars) == {
         *("train/loss", "train/bits_per_byte", "train/learning_rate", "train/gradient_norm", "train/bytes_per_second"),
-        "train/loss_of_whole_texts",
         *("val/bits_per_byte", "val/best_bits_per_byte", "val/final_bits_per_byte"),
+        *("train/next_byte_bits_per_byte", "val/next_byte_bits_per_byte", "val/final_next_byte_bits_per_byte"),
     }
     assert sorted(scalars["train/loss"]) == [10, 20, 30]
     assert sorted(scalars["val/bits_per_byte"]) == [10, 20, 30]
@@ -210,7 +210,7 @@ def test_where_nothing_is_in_view_the_model_expects_each_byte_as_often_as_it_occ
     model, _, _ = main.load_checkpoint(run_dir, device="cpu")
     text = np.frombuffer((text_folder / "train.txt").read_bytes(), np.uint8)
     frequencies = torch.from_numpy(np.bincount(text, minlength=256) / len(text))
-    expected = model(torch.full((1, 16), main.MASK), block_length=0).softmax(dim=-1)[0].mean(dim=0)
+    expected = model(torch.full((1, 16), main.MASK)).softmax(dim=-1)[0].mean(dim=0)
     assert (expected - frequencies).abs().sum() / 2 < 0.2
 
 
@@ -379,8 +379,7 @@ def test_compiled_training_computes_what_eager_training_computes(text_folder, de
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_two_processes_train_like_one(text_folder, compiled):
-    flags = ["--max_steps=6", "--log_every=1", "--num_samples=1", "--inference_steps=2"]
-    flags += ["--whole_text_share=0"] if compiled == "true" else []  # half as much to compile
+    flags = ["--max_steps=6", "--log_every=1", "--num_samples=1"]
     one, _ = train_tiny(text_folder, *flags, "--batch_size=8", "--name=one")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "main.py")]

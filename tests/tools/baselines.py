@@ -91,8 +91,7 @@ class OnBytes(nn.Module):
         self.is_causal = network.blocks[0].is_causal
         self.block_length = int(self.is_causal)  # by which main.py masks: every byte, given those before, or all over
 
-    def forward(self, tokens, clean=None, block_length=None):
-        tokens = tokens if clean is None else clean
+    def forward(self, tokens, **_):
         logits = self.network(self.number_of[tokens])[..., : len(self.first)].log_softmax(dim=-1)
         if self.is_causal:
             logits = torch.cat([self.first.expand(len(tokens), 1, -1), logits[:, :-1]], dim=1)

@@ -89,7 +89,7 @@ def frontier():
 
     passes = [0]
     model.layers[0].register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
-    results = {row: ([], [], []) for row in [LLADA] * model.sees_whole_texts + rows}
+    results = {row: ([], [], []) for row in [LLADA] * (model.block_length == 0) + rows}
 
     for first in range(0, arguments.samples, arguments.batch_size):
         batch = prompts[first : first + arguments.batch_size]

@@ -105,7 +105,7 @@ class CONFIG:
     validation_data_file: str = "auto"  # auto: validation.txt beside train.txt, else the last 5 % of the training text
 
     # Model
-    block_length: int = 4  # [n] bytes that are masked, and drafted, together; 0: the whole text (LLaDA), 1: none (GPT)
+    block_length: int = 4  # [n] bytes masked, and drafted, together, at most 64; 0: the whole text (LLaDA), 1: GPT
     next_byte_weight: float = 1.0  # of the loss of the next byte, beside that of the masked ones, if n > 1
     hole_share: float = 0.8  # fraction of the steps, if n > 1, that write given text first and the holes in it last
     attention: str = "simplified_mla"  # or mla, as in DeepSeek-V2, or mha, ordinary multi-head attention
@@ -169,9 +169,7 @@ class ByteLevelTextDataset(Dataset):
             with open(path, "rb") as file:
                 self.mapping = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise InputError(
-                f"{path}: cannot be mapped into memory ({error.strerror}); copy it to another disk"
-            ) from None
+            raise InputError(f"{path}: cannot be mapped into memory, copy it to another disk ({error})") from None
         if hasattr(self.mapping, "madvise"):  # no read-ahead: it makes random reads of a huge file 160 times as dear
             self.mapping.madvise(mmap.MADV_RANDOM)
         self.bytes = np.frombuffer(self.mapping, np.uint8)[start:stop]
@@ -190,7 +188,7 @@ class ByteLevelTextDataset(Dataset):
         return self.read(np.array([range(len(self))[index] * self.max_length]))[0]  # range raises the IndexError
 
     def random_crops(self, seed, step, rows, num_rows):
-        """The slice `rows` of the `num_rows` sequences of a step, which begin anywhere: uint8 [R, max_length].
+        """The slice `rows` of the `num_rows` sequences of a step, which begin anywhere: uint8 [rows, max_length].
         A function of (seed, step), so any split of the batch, and a resumed run, finds its own rows."""
         num_starts = len(self.bytes) - self.max_length + 1
         starts = np.random.default_rng([seed, step]).integers(num_starts, size=num_rows)[rows]
@@ -238,7 +236,7 @@ class Layout:
     parts: list  # who attends to whom: ((start, stop) of some queries, [(start, stop), ...] of their keys, sees); sees,
     # bool [B, 1, queries, keys], is None if all of these see all
     neighbours: torch.Tensor  # [B, P, conv_width], of the convolution: clean bytes 0..K-1, noisy ones K.., last: nobody
-    readers: torch.Tensor | None = None  # [2, K + P - C + 1, conv_width]: the other way round, for the gradient
+    readers: torch.Tensor | None = None  # [2, K + P - C + 1, conv_width], for the gradient: who reads each of these
     is_byte: torch.Tensor | None = None  # bool [B, P, 1]: False at PAD; None: there is no PAD
     cache: dict | None = None  # the ReadCache of the sampler
 
@@ -282,11 +280,8 @@ class Attention(nn.Module):
         q, k, v = self.queries_keys_values(x, layout.rope)  # [B, H, P, d] each
         if layout.cache is not None:
             k, v = (layout.cache.update((self, name), new, dim=2) for name, new in (("k", k), ("v", v)))
-        out = [
-            attend(q[:, :, start:stop], pick(k, keys), pick(v, keys), sees)
-            for (start, stop), keys, sees in layout.parts
-        ]
-        return self.wo(torch.cat(out, dim=2).transpose(1, 2).flatten(-2))
+        parts = [attend(q[:, :, a:b], pick(k, keys), pick(v, keys), sees) for (a, b), keys, sees in layout.parts]
+        return self.wo(torch.cat(parts, dim=2).transpose(1, 2).flatten(-2))
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, P, d]
@@ -368,8 +363,8 @@ class FeedForward(nn.Module):
 
 
 class ReadCache(dict):
-    """For sampling: what the layers keep of the clean bytes that were read (the convolution's inputs, keys, values), by
-    turn. Nobody sees what is written later, so they never change, and a pass computes only what is new."""
+    """For sampling: the keys, values and convolution's inputs of the clean bytes read so far, by turn. No byte sees
+    what is written later, so they stay as they are, unless a draft is rejected: then its turn is read anew."""
 
     def __init__(self, rows, num_turns, reach):
         self.rows, self.num_turns, self.reach, self.turns, self.first, self.stop = rows, num_turns, reach, None, 0, 0
@@ -446,10 +441,10 @@ class TransformerBlock(nn.Module):
 class MaskPredictor(nn.Module):
     """The transformer of the masked diffusion model. It gets no time as input: the number of MASKs says as much.
 
-    The bytes of a text are written one after the other, each at its turn: from left to right, or with what is given
-    first and its holes last. A block is n = block_length turns. Two streams of one text share all weights. Clean bytes,
-    causal as in GPT, predict the next byte. Noisy blocks, partly MASK, predict their own bytes. n = 1 is the clean
-    stream alone, the autoregressive twin; n = 0 is one noisy block of all L bytes, LLaDA.
+    Turn i is the i-th byte *written*, place[i] is where it stands in the text. From left to right place[i] is i; with
+    holes, what is given has the first turns and the holes the last. A block is n = block_length turns. Two streams of
+    one text share all weights: clean bytes, causal as in GPT, predict the next byte; noisy blocks, partly MASK, predict
+    their own bytes. n = 1 is the clean stream alone, the autoregressive twin; n = 0 is one noisy block over all, LLaDA.
     """
 
     def __init__(self, config):
@@ -480,10 +475,10 @@ class MaskPredictor(nn.Module):
         """Logits [B, L, 256], float32, of the byte at each position of tokens [B, L], int64: bytes and special ids.
 
         A block of tokens is predicted from itself and the earlier blocks of `clean` [B, L], by default of tokens; for
-        n = 1 each byte from those before it. If clean is given, [B, 2 L, 256]: before them the clean stream's logits,
-        each of the byte that follows it. All are in the order of writing: place [L] is where each turn's byte stands,
-        by default from left to right. attention_mask, bool [B, L], is False where nothing may be seen, by default at
-        PAD, for which compiled code cannot look. Raises InputError if L exceeds rope_max_length_buffer.
+        n = 1 each byte from those before it. If clean is given and n > 0, [B, 2 L, 256]: before them the clean stream's
+        logits, each of the byte that follows it. All are in the order of writing: place [L] is where each turn's byte
+        stands, by default from left to right. attention_mask, bool [B, L], is False where nothing may be seen, by
+        default at PAD (not in compiled code). Raises InputError if L exceeds rope_max_length_buffer.
         """
         n = self.block_length if block_length is None else block_length
         if attention_mask is None and not torch.compiler.is_compiling() and (tokens == PAD).any():
@@ -496,13 +491,14 @@ class MaskPredictor(nn.Module):
 
     def next_byte_logits(self, x0, place=None, attention_mask=None):
         """Logits [B, L, 256] of each byte of x0 [B, L] given all that is written before it, and nothing of what comes
-        later: those of the clean stream. Where the order of writing jumps, and at its beginning, the byte before is not
-        the last one written; there a noisy block of MASKs predicts its first byte."""
+        later: those of the clean stream. At the beginning, and where the order of writing jumps, it has no prediction:
+        there the byte is that of a noisy block which begins with it and is all MASK."""
         (num_rows, length), n = x0.shape, self.block_length
         firsts = torch.zeros(1, dtype=torch.int64, device=x0.device)
         if place is not None:
             firsts = torch.cat([firsts, 1 + (place.diff() != 1).nonzero().flatten()])
             place = torch.cat([place, torch.arange(length, length + n, device=place.device)])  # for the last block
+            self.extend_rope(length + n)
         masks = x0.new_full((num_rows, len(firsts) * n), MASK)
         hidden = self.hidden(masks, x0, n, place, firsts[None] if len(firsts) > 1 else None, attention_mask)
         logits = self.output(hidden[:, :length]).roll(1, dims=1)
@@ -513,14 +509,11 @@ class MaskPredictor(nn.Module):
         tokens [B, M n]. The blocks begin at the turns firsts [B or 1, M], by default one after the other; the clean
         bytes are those of the turns from 0 on or, with a cache, those of cache.turns."""
         num_clean, num_noisy, device = 0 if clean is None else clean.shape[1], tokens.shape[1], tokens.device
-        length, longest = max(num_clean, num_noisy), len(self.rope)
-        if length > longest:
-            raise InputError(f"a sequence of {length} bytes exceeds rope_max_length_buffer={longest}; raise that field")
-        if attention_mask is not None and clean is not None:
-            of_blocks = attention_mask if firsts is None else torch.ones_like(tokens, dtype=torch.bool)
-            attention_mask = torch.cat([attention_mask, of_blocks[:, :num_noisy]], dim=1)
+        place = torch.arange(max(num_clean, num_noisy), device=device) if place is None else place
+        if len(place) > (longest := len(self.rope)):
+            found = f"a sequence of {len(place)} bytes exceeds rope_max_length_buffer={longest}"
+            raise InputError(f"{found}; raise that field")
         turns = torch.arange(num_clean, device=device)[None] if cache is None else cache.turns
-        place = torch.arange(length, device=device) if place is None else place
         layout = self.layout(turns, firsts, num_noisy, n or num_noisy, place, attention_mask, cache)
         x = self.tok_embeddings(tokens if clean is None else torch.cat([clean, tokens], dim=1))  # [B, P, D]
         if torch.is_autocast_enabled(x.device.type):  # autocast leaves the residual stream in fp32: more bytes to move
@@ -532,7 +525,7 @@ class MaskPredictor(nn.Module):
     def layout(self, turns, firsts, num_noisy, n, place, attention_mask, cache):
         """Who sees whom, by one rule, *when* each byte is written: a clean byte sees the clean bytes of its own turn
         and of earlier ones; a noisy byte those of earlier blocks, and the noisy bytes of its own block. Through
-        attention and through the convolution alike; through attention nobody sees further than max_length.
+        attention and through the convolution alike. No clean byte is seen from max_length or more away.
 
         turns [B or 1, C], firsts [B or 1, M], n, cache: as in `hidden`; place [T]: where each turn's byte stands."""
         (_, C), T, is_whole, device = turns.shape, len(place), firsts is None, place.device
@@ -550,6 +543,7 @@ class MaskPredictor(nn.Module):
         sees_noisy = (block == number // n).expand(len(sees_clean), -1, -1)  # [B, P, P - C]
         sees, is_byte = torch.cat([sees_clean, sees_noisy], dim=-1)[:, None], None
         if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (0, n), value=True)[:, turn[0]]  # [B, P]
             is_byte = attention_mask[:, :, None]
             is_self = torch.eye(sees.shape[-1], dtype=torch.bool, device=device)  # else PAD sees nothing: NaN
             sees = attention_mask[:, None, None, :] & sees | is_self
@@ -560,7 +554,7 @@ class MaskPredictor(nn.Module):
         when = place.new_full((T + width,), T + n).scatter(0, place + width // 2, torch.arange(T, device=device))
         near = when[place[turn][..., None] + torch.arange(width, device=device)]  # [B, P, width]: each neighbour's turn
         in_block = torch.where((near <= known + n) & (block >= 0), K + block * n + near - known - 1, nobody)
-        neighbours, readers = torch.where(near <= known, near - (cache.first if cache else 0), in_block), None
+        neighbours, readers = torch.where(near <= known, near - (0 if cache is None else cache.first), in_block), None
         if torch.is_grad_enabled():
             nothing = place.new_full((nobody + 1, width), len(block))
             position = torch.arange(len(block), device=device)[:, None].expand(-1, width)
@@ -645,8 +639,8 @@ def mean_of_masked(values, is_masked, num_blocks):
 
 
 def masked_diffusion_loss(model, x0, t=None, noise=None, place=None, next_byte_weight=0.0):
-    """The negative evidence lower bound (NELBO, here "the bound"): an upper bound of -log p(x0) / L. (With the t
-    and noise of training, see `training_noise`, it is weighted otherwise, and no bound.)
+    """The negative evidence lower bound (NELBO, here "the bound"): an upper bound of -log p(x0) / L. (In the
+    training on whole texts `training_mask_ratios` gives t another law; then it is no bound.)
 
     LLaDA (eq. 3), MDLM and MD4 write it as E_t[(1/t) sum of masked cross-entropies], t ~ U(0, 1), each byte masked with
     probability t. Group the draws by their number k of masks: the integral of Binomial(k; L, t) / t over t is 1/k for
@@ -688,6 +682,9 @@ def block_length_of(model):
 # === Sampler: from MASKs to text ======================================================================================
 
 
+BYTES_AT_ONCE = 2**16  # of a batch: some 200 MB of random numbers, keys and values
+
+
 def run_conditional_diffusion_inference(
     model, prompt, response_length, config, suffix="", seed=None, on_step=None, until=None
 ):
@@ -696,7 +693,7 @@ def run_conditional_diffusion_inference(
 
     `prompt` is a str, bytes or a sequence of ints: 0..255, and MASK for each byte of a hole. Of a list of prompts the
     i-th has the seed + i (default: config.seed); those with MASKs in the same places are one batch, and each comes out
-    as it would alone. Of `config` matter Sampling, block_length, seed and rope_max_length_buffer. `on_step` is called
+    as it would alone. Of `config` it uses Sampling, block_length, seed, rope_max_length_buffer. `on_step` is called
     with the sequences of a batch, x [N, L] int64, before the first pass and after each, which overwrites x; the last
     call shows the finished bytes, PAD after `until`.
 
@@ -715,9 +712,9 @@ def run_conditional_diffusion_inference(
         raise InputError(f"prompt, response_length and suffix, {longest} bytes, exceed {limit}; shorten one of them")
     ends = [max((place + 1 for place, token in enumerate(text) if token != MASK), default=0) for text in texts]
     check_sampling(model, config, any(MASK in text[:end] for text, end in zip(texts, ends)))
-    batches, results = {}, [""] * len(texts)
+    batches, results, size = {}, [""] * len(texts), max(1, BYTES_AT_ONCE // max(1, longest))
     for number, text in enumerate(texts):
-        batches.setdefault(tuple(token == MASK for token in text), []).append(number)
+        batches.setdefault((number // size, *(token == MASK for token in text)), []).append(number)
     write = write_in_blocks if block_length_of(model) else denoise
     model.extend_rope(longest + 2 * max(64, block_length_of(model)))  # drafts reach beyond the end
     with evaluation_mode(model):
@@ -739,12 +736,12 @@ def run_conditional_diffusion_inference(
 
 
 def check_sampling(model, config, has_holes):
-    """Raises InputError: the model was not trained for what is asked of it, or would not heed it."""
+    """Raises InputError: the model was not trained for what is asked of it, or would ignore a setting."""
     own, n = block_length_of(model), config.block_length
     accepted = "0, or above 1 with a hole_share above 0, in the training, to fill holes with text after them"
     require(model.fills_holes or not has_holes, "block_length", own, accepted)
     if own:
-        accepted = "1, as in the training" if own == 1 else "1 to 64 for a model that was trained in blocks"
+        accepted = "1, as in the training" if own == 1 else "1 to 64 in blocks"
         require(n == 1 if own == 1 else 0 < n <= 64, "block_length", n, accepted)
         for name in ("remasking", "inference_steps"):
             value, default = getattr(config, name), CONFIG.__dataclass_fields__[name].default
@@ -755,12 +752,13 @@ def check_sampling(model, config, has_holes):
 def write_in_blocks(model, x, config, seeds):
     """Fill the MASKs of x [N, L] in place, from left to right; yields x after each pass.
 
-    The clean stream says what is written: each byte is drawn from its prediction, given all that was given or written
-    before. The noisy blocks make that fast: their bytes for the next n - 1 turns are drafts, which the next pass reads
-    as if they were written. As the draws of one place share their noise, a draft often equals what the clean stream
-    then draws; the first that does not is replaced by it, and what follows it is drafted anew. So the text is, byte
-    for byte, the same for every n. (Speculative decoding, arXiv 2211.17192, by Gumbel noise; drafts by one's own masked
-    block: 2511.08923.) One pass reads the last byte and its drafts, and drafts anew after each of them.
+    Each byte is drawn from the clean stream's prediction, given all that was given or written before. (The first byte
+    of the text, or of a hole, is drawn from a block of MASKs, as long as in the training.) The noisy blocks only guess
+    ahead: their bytes for the next n - 1 turns are drafts, which the next pass reads as if they were written. As the
+    draws of one place share their noise, a draft often equals what the clean stream then draws; the first that does not
+    is replaced by it, and what follows is drafted anew. So the text is, byte for byte, the same for every n.
+    (Speculative decoding, arXiv 2211.17192, by Gumbel noise; drafts by one's own masked block: 2511.08923.) One pass
+    reads the last byte and its drafts, and drafts anew after each of them.
     """
     (N, L), n, own, device = x.shape, config.block_length, model.block_length, x.device
     beyond = 2 * max(n, own)  # so many turns after the end are drafted, too, but not written
@@ -773,11 +771,12 @@ def write_in_blocks(model, x, config, seeds):
         of_turns = None if noise is None else noise.gather(1, turns[..., None].expand(-1, -1, NUM_BYTES))
         return draw_bytes(model.output(hidden).float(), config.temperature, config.top_p, of_turns)
 
-    is_jump, num_read, rows = [True, *(place.diff() != 1).tolist()], 0, torch.arange(N, device=device)
+    is_jump, rows = [True, *(place.diff() != 1).tolist()], torch.arange(N, device=device)
     cache = ReadCache(rows, len(place), len(place) if any(is_jump[1:]) else max(model.max_length, model.conv_width))
     num_given = int(is_given.sum())
     starts = [turn for turn in range(num_given, L) if turn == num_given or is_jump[turn]]
     for start, end in zip(starts, [*starts[1:], L]):  # of each hole, and of what is to follow the text
+        num_read = start - 1 if start > num_given else 0  # in a later hole all but the last byte
         turns, drafts = torch.arange(num_read, start, device=device).expand(N, -1), text[:, :0]
         first, length = torch.full((N,), start, device=device), own  # the next turn to write, of each row
         while (first < end).any():
@@ -800,7 +799,6 @@ def write_in_blocks(model, x, config, seeds):
                 last = noisy[rows, agreed.clamp(min=0), 1:n]  # of this block the first byte has been drawn
                 drafts = draw(last, first[:, None] + torch.arange(last.shape[1], device=device))
             turns, length = first[:, None] - 1 + torch.arange(drafts.shape[1] + 1, device=device), n
-        num_read = end - 1
 
 
 @torch.inference_mode()
@@ -850,8 +848,8 @@ def gumbel_noise(seeds, length, device):
 def draw_bytes(logits, temperature, top_p, gumbel):
     """A byte for each row of logits [..., 256], drawn from softmax(logits / temperature), of which top_p keeps the most
     probable bytes that together reach this probability (arXiv 1904.09751). Temperature 0 takes the most probable one.
-    The byte is the largest of logit / temperature + gumbel [..., 256] (Gumbel-max): draws from two predictions with
-    the same noise are as often equal as can simply be made."""
+    The byte is the largest of logit / temperature + gumbel [..., 256] (Gumbel-max): with the same noise, draws from two
+    similar predictions are mostly equal."""
     if not temperature:
         return logits.argmax(dim=-1)
     logits = logits.to(gumbel.dtype) / temperature
@@ -916,7 +914,8 @@ def train(config, run_dir=None, checkpoint=None):
     check_sampling(state.ema, config, has_holes=False)
     if state.is_over():
         limit = "--max_steps" if state.step >= config.max_steps else "--max_minutes"
-        say(f"{run_dir} ended at step {state.step:,}, after {state.minutes:.1f} minutes; to go on raise {limit}")
+        ended = f"{run_dir or 'the run'} ended at step {state.step:,}, after {state.minutes:.1f} minutes"
+        say(f"{ended}; to go on raise {limit}")
         return 0
     run_dir = run_dir or make_run_dir(config)
     lock = claim_run(run_dir, config) if rank() == 0 else None  # noqa: F841  held to the end
@@ -957,16 +956,16 @@ def train(config, run_dir=None, checkpoint=None):
                 raise TrainingError(f"step {state.step:,} could not be saved to {run_dir}, see the warning above")
             if to_validate or to_save:
                 log.restart()
-        command = f"--resume {shlex.quote(str(run_dir))}"
+        folder = shlex.quote(str(run_dir))
         if stop:
-            say(f"stopped at step {state.step:,} and saved; to go on add to the command: {command}")
+            say(f"stopped at step {state.step:,} and saved; to go on add to the command: --resume {folder}")
             return 128 + stop
         num_bytes = min(len(validation_set.bytes), 2**20)  # the whole validation text, up to this size
         figures = judge(state.ema, validation_set, num_bytes)
         log.add_figures("val/final_", figures)
     say(f"done: {state.step:,} steps in {tqdm.format_interval(60 * state.minutes)}")
     say(f"final {in_words(figures)} bits per byte, on {num_bytes:,} bytes of validation text")
-    say(f"try the best checkpoint: python main.py generate --watch {command.replace('--resume', '--checkpoint')}")
+    say(f"try the best checkpoint: python main.py generate --watch --checkpoint {folder}")
     return 128 + received[0] if received else 0
 
 
@@ -1069,13 +1068,10 @@ def show_samples(state, validation_set, log, report):
     prompt_length = config.max_length * 5 // 8
     places = (np.arange(config.num_samples) + 0.5) / config.num_samples
     x0 = validation_set.read((places * (len(validation_set.bytes) - config.max_length)).astype(np.int64)).tolist()
-    prompts, response_length = [row[:prompt_length] for row in x0], config.max_length - prompt_length
-    keep = {"on_step": lambda x: steps.append(x.clone())}
-    run_conditional_diffusion_inference(state.ema, prompts, response_length, config, **keep)
+    prompts, length = [row[:prompt_length] for row in x0], config.max_length - prompt_length
+    run_conditional_diffusion_inference(state.ema, prompts, length, config, on_step=lambda x: steps.append(x.clone()))
     for prompt, written, truth in zip(prompts, steps[-1].tolist(), x0):
-        while prompt_length < len(truth) and truth[prompt_length] & 0xC0 == 0x80:
-            prompt_length += 1  # to a whole character
-        texts = {"prompt": truth[:prompt_length], "model": written[prompt_length:], "truth": truth[prompt_length:]}
+        texts = {"prompt": prompt, "model": written[prompt_length:], "truth": truth[prompt_length:]}
         for title, tokens in texts.items():
             text = bytes(tokens).decode(errors="replace").strip("\ufffd")  # characters that are cut in two
             say(f"    {title:<6}  {text[-60:] if title == 'prompt' else text[:60]!r}")  # about 80 columns
@@ -1170,8 +1166,8 @@ def in_words(figures):
 def mean_over_bytes(values, lengths, ratios=None):
     """(mean, standard error) of a figure of each block or chunk, weighted by length; of one alone the error is nan.
 
-    Stratified mask ratios explain most of the differences, yet hardly move the mean. So given `ratios` the deviations
-    d_i from the mean, weighted by w_i, are compared with the next in the order of the ratios alone:
+    Most of the spread comes from the mask ratios; as these are stratified it hardly moves the mean. So given `ratios`
+    the deviations d_i from the mean, weighted by w_i, are compared with the next in the order of the ratios alone:
     SE^2 = n / (n - 1) * sum of (w_{i+1} d_{i+1} - w_i d_i)^2 / 2.
     """
     weights, n = lengths / lengths.sum(), len(values)
@@ -1194,7 +1190,7 @@ def estimate_nelbo(model, dataset, max_bytes=0, batch_size=16, seed=0):
 @torch.no_grad()
 def exact_likelihood(model, x0, order="as_written", is_hole=None):
     """Bits of each byte of x0 [B, L] by the chain rule, float64 [B, L], on the CPU; 0 at PAD. With is_hole, bool [L],
-    those of the holes, given all else.
+    those of the holes, given all else (by blocks: all before them).
 
     as_written            by the clean stream, in one pass: the law by which text is written. n = 0: left_to_right
     left_to_right         by the masked predictions: the bytes of a block, the others MASK, are revealed from the left
@@ -1215,29 +1211,22 @@ def exact_likelihood(model, x0, order="as_written", is_hole=None):
         return torch.where(is_hidden, nats, 0.0).cpu().double() * BITS_PER_NAT
     n = n or length
     x0, is_hidden = F.pad(x0, (0, -length % n), value=PAD), F.pad(is_hidden, (0, -length % n))
-    bits, place = torch.zeros(x0.shape, dtype=torch.double), torch.arange(x0.shape[1], device=x0.device)
-    one = torch.ones(1, device=x0.device)
+    bits, one = torch.zeros(x0.shape, dtype=torch.double), torch.ones(1, device=x0.device)
     with evaluation_mode(model):
-        passes = range(is_hidden.view(-1, n).sum(dim=1).max())
-        for _ in tqdm(passes, order, leave=False, disable=None):  # None: on a terminal alone
+        for _ in tqdm(range(is_hidden.view(-1, n).sum(dim=1).max()), order, leave=False, disable=None):  # on a terminal
             logits = model(x0.masked_fill(is_hidden, MASK), clean=x0)[:, -x0.shape[1] :]
-            log_probs = logits.log_softmax(dim=-1)
-            scores = log_probs.amax(dim=-1) if order == "most_confident_first" else -place.float().expand_as(x0)
+            scores = logits.log_softmax(dim=-1).amax(dim=-1) * (order == "most_confident_first")  # equal: from the left
             is_next = choose_positions(is_hidden.view(-1, n), scores.reshape(-1, n), one).view_as(x0)
-            of_truth = log_probs.gather(-1, x0.clamp(max=NUM_BYTES - 1)[..., None])[..., 0]
-            bits -= torch.where(is_next, of_truth, 0.0).cpu().double() * BITS_PER_NAT
+            bits += cross_entropy(logits, x0, is_next).cpu().double() * BITS_PER_NAT
             is_hidden &= ~is_next
     return bits[:, :length]
 
 
-def write_many(model, prompts, config, seed, progress=None):
-    """Texts of one length with their MASKs filled, int64 [N, L], in parts that fit into memory."""
-    size, rows, progress = rows_at_once(prompts), [], progress or Progress()
-    for first in range(0, len(prompts), size):
-        part = prompts[first : first + size]
-        run_conditional_diffusion_inference(model, part, 0, config, seed=seed + first, on_step=progress)
-        rows.append(progress.last)
-    return torch.cat(rows)
+def write_many(model, prompts, config, seed):
+    """Texts of one length with their MASKs filled, as int64 [N, L]."""
+    progress = Progress()
+    run_conditional_diffusion_inference(model, prompts, 0, config, seed=seed, on_step=progress)
+    return torch.cat(progress.finished)
 
 
 WORD = re.compile(rb"[\w\x80-\xff]+")  # letters of other scripts are bytes from 0x80 on
@@ -1624,11 +1613,11 @@ def saved_config(state, **overrides):
     return config
 
 
-def newest_run():
+def newest_run(must_exist=True):
     checkpoints = [*Path("runs").glob("*/latest.pt"), *Path("runs").glob("*/best.pt")]
-    if not checkpoints:
+    if must_exist and not checkpoints:
         raise InputError("runs: no run with a checkpoint in it; train one first with: python main.py")
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent if checkpoints else None
 
 
 def load_checkpoint(path, device="auto"):
@@ -1723,10 +1712,9 @@ class Log:
         left = (config.max_steps - step) * seconds / steps
         left = min(left, max(0, 60 * (config.max_minutes - self.state.minutes))) if config.max_minutes else left
         loss, self.losses = torch.stack(self.losses).mean().item(), []
-        self.add("scalar", "train/loss", loss)
-        self.add("scalar", "train/learning_rate", rate)
-        self.add("scalar", "train/bytes_per_second", bytes_per_second)
-        self.add("scalar", "train/gradient_norm", norm)
+        scalars = {"loss": loss, "learning_rate": rate, "bytes_per_second": bytes_per_second, "gradient_norm": norm}
+        for name, value in scalars.items():
+            self.add("scalar", f"train/{name}", value)
         text = f"step {step:,}/{config.max_steps:,}  loss {loss:.3f}  lr {rate:.1e}  "
         text += f"{bytes_per_second:,.0f} bytes/s  {tqdm.format_interval(left)} left"
         self.bar.update(step - self.bar.n)
@@ -1809,13 +1797,14 @@ def printable(text):
 
 
 class Progress:
-    """Keeps the last step of a sampler, x [N, L]; if watched it is drawn on the terminal, masks as dots."""
+    """Keeps what a sampler has finished, x [N, L]; if watched each step is drawn on the terminal, masks as dots."""
 
     def __init__(self, is_watched=False):
-        self.last, self.is_watched = None, is_watched and on_terminal()
+        self.finished, self.is_watched = [], is_watched and on_terminal()
 
     def __call__(self, x):
-        self.last = x.clone()  # the sampler goes on writing into x
+        if not (x == MASK).any():
+            self.finished.append(x.clone())  # the sampler goes on writing into x
         if self.is_watched:
             print("\x1b[H\x1b[2J" + "\n".join(map(show_masks, x.tolist())), flush=True)  # in place of the one before
 
@@ -1839,7 +1828,7 @@ def autocast(config):
 
 
 def compile_loss(model, config):
-    """`masked_diffusion_loss` as one compiled graph, masks and cross-entropy included; tried on a batch of each kind.
+    """`masked_diffusion_loss` as one compiled graph, masks and cross-entropy included; tried on one batch.
     Where it fails (no C++ compiler, Windows) one warning, and the function itself."""
     if not config.compile or config.device == "mps":  # compiling for Apple's GPUs is a prototype, at times wrong
         return masked_diffusion_loss
@@ -1986,19 +1975,19 @@ def profile_command(argv):
     num_bytes, size = config.batch_size * config.max_length, 8192 if on_cuda else 1024
     x0 = train_set.random_crops(config.seed, 0, slice(None), config.batch_size).to(config.device).long()
     loss_function = compile_loss(state.model, config)
+    t, noise = (part[: config.batch_size] for part in training_noise(state))
     matrix = torch.randn(size, size, device=config.device, dtype=AMP_DTYPES[config.amp_dtype])
+    order = draw_order(config, 0), config.next_byte_weight
 
-    def train_step(t, noise):
+    def train_step():
         with autocast(config):
             loss = loss_function(state.model, x0, t, noise, *order)
         state.scaler.scale(loss).backward()
         optimizer_step(state)
 
-    t, noise = (part[: config.batch_size] for part in training_noise(state))
-    order = draw_order(config, 0), config.next_byte_weight
     row = x0[:1], t[:1], noise[:1], *order
     flops = len(t) * count_flops(lambda: masked_diffusion_loss(state.model, *row).backward())
-    tasks = {"product": lambda: matrix @ matrix, "step": lambda: train_step(t, noise)}
+    tasks = {"product": lambda: matrix @ matrix, "step": train_step}
     timers = [Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads()) for task in tasks.values()]
     times = [[timer.timeit(1).mean for timer in timers] for _ in range(25)][5:]  # in turn; the first five warm up
     seconds = dict(zip(tasks, np.median(times, axis=0)))
@@ -2012,11 +2001,11 @@ def profile_command(argv):
     print(f"{num_bytes / seconds['step']:,.0f} bytes/s, {seconds['step'] * 1e3:,.1f} ms per step, ", end="")
     print(f"{rate / 1e9:,.1f} GFLOP/s, {rate / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large product{of_peak}")
     with torch.profiler.profile() as profiler:
-        train_step(t, noise)
+        train_step()
     run_dir = make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}"))
     profiler.export_chrome_trace(str(run_dir / "trace.json"))
-    order = f"{'device' if on_cuda else 'cpu'}_time_total"
-    print(profiler.key_averages().table(order, row_limit=20, max_name_column_width=40))
+    sort_by = f"{'device' if on_cuda else 'cpu'}_time_total"
+    print(profiler.key_averages().table(sort_by, row_limit=20, max_name_column_width=40))
     print(f"trace        {run_dir / 'trace.json'} (open it in ui.perfetto.dev)")
     return 0
 
@@ -2129,11 +2118,10 @@ def train_command(argv):
     add_config_flags(parser)
     overrides = vars(parser.parse_args(argv))
     run_dir, checkpoint = overrides.pop("resume"), None
-    if run_dir == "auto" and not list(Path("runs").glob("*/*.pt")):
+    if run_dir == "auto" and (run_dir := newest_run(must_exist=False)) is None:
         say("no run to go on with: a new one begins")
-        run_dir = None
     if run_dir is not None:
-        path = newest_run() if run_dir == "auto" else Path(run_dir)
+        path = Path(run_dir)
         names = [name for name in ("latest.pt", "best.pt") if (path / name).exists()] or ["latest.pt"]
         path = path / names[0] if path.is_dir() else path
         checkpoint = read_checkpoint(path)
@@ -2174,7 +2162,8 @@ def generate_command(argv):
     require(0 < arguments.samples <= 4096, "samples", arguments.samples, "1 to 4096")
     is_free, length = arguments.prompt is None and not arguments.suffix, arguments.response_length
     until = "\n\n" if arguments.until is None and is_free else unescape(arguments.until or "")
-    prompts = [[*sys.stdin.buffer.read()]] if arguments.prompt == "-" else holes_to_masks(arguments.prompt or "\n\n")
+    prompt = "\n\n" if arguments.prompt is None else arguments.prompt
+    prompts = [[*sys.stdin.buffer.read()]] if prompt == "-" else holes_to_masks(prompt)
     suffixes, progress = holes_to_masks(arguments.suffix, "suffix"), Progress(arguments.watch)
     given = prompts[-1] + suffixes[-1]
     if length is None:
@@ -2188,26 +2177,19 @@ def generate_command(argv):
     ends_open, is_filled = texts[0][-1:] == [MASK], len(texts) > 1
     require(ends_open or not until, "until", until, "left out where the text's end is given: it ends what follows")
     if is_filled:
-        texts = best_fillings(model, texts, config, progress, arguments.samples)[: arguments.samples]
+        texts = best_fillings(model, texts, config, arguments.samples)[: arguments.samples]
         if len(texts) < arguments.samples:
             print(f"notice: {len(texts)} different fillings were drawn; --temperature 2 varies more", file=sys.stderr)
     else:
         texts = texts * arguments.samples
-    size = rows_at_once(texts)
-    for first in range(0, len(texts), size):
-        options = {"until": os.fsencode(until), "on_step": progress, "seed": config.seed + first}
-        samples = run_conditional_diffusion_inference(model, texts[first : first + size], 0, config, **options)
-        for number, text in enumerate(samples, first):
-            text = text.removeprefix("\n\n").removesuffix("\n\n") if is_free else text.removesuffix("\ufffd")  # half
-            if arguments.samples > 1:
-                print(f"--- filling {number + 1}" if is_filled else f"--- seed {config.seed + number}")
-            print(printable(text.encode()) if on_terminal() else text)
+    samples = run_conditional_diffusion_inference(model, texts, 0, config, until=os.fsencode(until), on_step=progress)
+    for number, text in enumerate(samples):
+        text = text.removeprefix("\n\n").removesuffix("\n\n") if is_free else text.removesuffix("\ufffd")  # half
+        if arguments.samples > 1:
+            print(f"--- filling {number + 1}" if is_filled else f"--- seed {config.seed + number}")
+        print(printable(text.encode()) if on_terminal() else text)
     print(f"({path}, step {state.get('step', 0):,})", file=sys.stderr)
     return 0
-
-
-def rows_at_once(texts):
-    return max(1, 2**16 // max(1, *map(len, texts)))  # some 200 MB of random numbers, keys and values
 
 
 ESCAPES = {"{{": "{", "}}": "}", r"\n": "\n", r"\t": "\t", r"\\": "\\"}
@@ -2220,7 +2202,7 @@ def unescape(text):
 
 def holes_to_masks(text, name="prompt"):
     """Texts as lists of tokens: a{3}b becomes [[97, MASK, MASK, MASK, 98]], and a hole of unknown length, {2-12}, one
-    text for each of its lengths; for ESCAPES what they stand for."""
+    text for each of its lengths; {{ }} \\n \\t \\\\ become what they stand for."""
     texts = [[]]
     for match in re.finditer(r"\{\{|\}\}|\\[nt\\]|" + HOLE + "|.", text, re.DOTALL):
         shortest, longest, wrong = match.groups()
@@ -2234,18 +2216,17 @@ def holes_to_masks(text, name="prompt"):
     return texts
 
 
-def best_fillings(model, texts, config, progress, number, candidates=16):
+def best_fillings(model, texts, config, number, candidates=16):
     """The texts, lists of tokens, one for each length of a hole, with their holes filled; different ones, the best
     first. Each is filled 16 times or as often as `number` says, with the seeds from config.seed on. The best is the one
     whose hole and what is given after it are most probable together, written from left to right: a probability among
     texts of all lengths."""
-    bits, candidates = {}, max(candidates, number)
-    end = 1 + max((place for place, token in enumerate(texts[-1]) if token != MASK), default=-1)
-    tail = len(texts[-1]) - end
-    require(MASK in texts[-1][:end], "prompt", "a hole of unknown length", "followed by text, which tells its length")
+    tails = {next((i for i, token in enumerate(text[::-1]) if token != MASK), len(text)) for text in texts}
+    require(len(tails) == 1, "prompt", "a hole of unknown length", "followed by text, which tells its length")
+    bits, candidates, tail = {}, max(candidates, number), tails.pop()
     print(f"filling {len(texts)} lengths {candidates} times each; the most probable stay", file=sys.stderr)
     for text in texts[::-1]:  # the longest first: if that does not fit nothing has been computed in vain
-        rows = write_many(model, [text[: len(text) - tail]] * candidates, config, config.seed, progress)
+        rows = write_many(model, [text[: len(text) - tail]] * candidates, config, config.seed)
         costs = exact_likelihood(model, rows)[:, text.index(MASK) :].sum(dim=1).tolist()
         bits |= {(*row, *[MASK] * tail): cost for row, cost in zip(rows.tolist(), costs)}
     return [list(text) for text in sorted(bits, key=bits.get)]
@@ -2299,7 +2280,7 @@ def main(argv=None):
         return code
     except BrokenPipeError:  # nobody reads on: silence, as of cat
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered must go somewhere
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE
     except (InputError, TrainingError, OSError, dist.DistError) as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever was typed
         return 2 if isinstance(error, InputError) else 1

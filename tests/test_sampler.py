@@ -401,7 +401,7 @@ def test_watching_shows_nothing_where_the_output_is_no_terminal(capsys):
 def test_a_hole_of_unknown_length_gets_the_filling_that_makes_the_text_most_probable(n):
     config = main.CONFIG(**{**TINY, "block_length": n, "temperature": 0.9})
     model, texts = random_model(config), [text + [main.MASK] * 3 for text in main.holes_to_masks("ab{1-5}c{2}d")]
-    fillings, bits = main.best_fillings(model, texts, config, None, 1, candidates=3), {}
+    fillings, bits = main.best_fillings(model, texts, config, 1, candidates=3), {}
     for text in texts:
         for filled in fill(model, [text[:-3]] * 3, config):
             x, total = torch.tensor([list(filled)]), 0.0

@@ -142,7 +142,6 @@ def train(kind, learning_rate, minutes, seed):
 
     loss_of(*batch()).backward()  # compiles; the gradients are discarded
     log, started, step, progress = SummaryWriter(run_dir), time.monotonic(), 0, 0.0
-    log.add_scalar("train/loss", math.log(num_characters), 0)  # not measured: where figures.py starts its clock
     while progress < 1:
         if is_plain:
             rate = learning_rate * min(1, (step + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * progress))

@@ -72,9 +72,9 @@ def measure(run_dir, num_chunks=64, num_stories=100):
 def speeds(run_dirs, lengths, num_bytes=256, repeats=5):
     """Rows (blocks of, drafts of, bytes per pass, bytes/s): medians over seeds, all in turn."""
     measured = {}
-    models = {run_dir: main.load_checkpoint(run_dir / "latest.pt")[:2] for run_dir in run_dirs}
+    models = [main.load_checkpoint(run_dir / "latest.pt")[:2] for run_dir in run_dirs]
     for seed in range(repeats + 1):
-        for run_dir, (model, config) in models.items():
+        for model, config in models:
             for n in lengths if config.block_length > 1 else [settings_of(config).block_length]:
                 settings, passes = dataclasses.replace(config, block_length=n), []
                 started = time.perf_counter()

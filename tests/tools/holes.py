@@ -77,7 +77,7 @@ def measure():
     started = time.perf_counter()
     for case, start, stop in cases:
         texts = main.holes_to_masks(case[:start] + "{2-12}" + case[stop:])
-        best = main.best_fillings(model, texts, config, main.Progress(), 1)[0]
+        best = main.best_fillings(model, texts, config, 1)[0]
         lengths += len(best) == len(case.encode())
         words += bytes(best) == case.encode()
     seconds = (time.perf_counter() - started) / len(cases)

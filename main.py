@@ -2224,7 +2224,9 @@ def best_fillings(model, texts, config, number, candidates=16):
     tails = {next((i for i, token in enumerate(text[::-1]) if token != MASK), len(text)) for text in texts}
     require(len(tails) == 1, "prompt", "a hole of unknown length", "followed by text, which tells its length")
     bits, candidates, tail = {}, max(candidates, number), tails.pop()
-    print(f"filling {len(texts)} lengths {candidates} times each; the most probable stay", file=sys.stderr)
+    work = f"{len(texts)} lengths of up to {len(texts[-1])} bytes, each filled {candidates} times"
+    require(len(texts) * len(texts[-1]) * candidates <= 2**20, "prompt", work, "at most 1,048,576 bytes in all")
+    print(f"filling {work}; the most probable stay", file=sys.stderr)
     for text in texts[::-1]:  # the longest first: if that does not fit nothing has been computed in vain
         rows = write_many(model, [text[: len(text) - tail]] * candidates, config, config.seed)
         costs = exact_likelihood(model, rows)[:, text.index(MASK) :].sum(dim=1).tolist()

@@ -70,7 +70,7 @@ def test_two_holes_of_unknown_length_and_one_that_nothing_follows_are_refused_be
     run_dir, capsys, monkeypatch
 ):
     monkeypatch.setattr(main, "run_conditional_diffusion_inference", lambda *_, **__: pytest.fail("work"))
-    for flags in (["a{1-2}b{2-3}c"], ["a{1-2}b", "--suffix={1-2}c"], ["a {2-4}"], ["a{3}b{2-5}"]):
+    for flags in (["a{1-2}b{2-3}c"], ["a{1-2}b", "--suffix={1-2}c"], ["a {2-4}"], ["a{3}b{2-5}"], ["a {4080-4100} b"]):
         assert main.main(["generate", "--prompt", *flags]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
@@ -91,7 +91,7 @@ def test_fewer_fillings_than_asked_for_are_said(run_dir, capsys):
     output = capsys.readouterr()
     assert output.out.count("--- filling") == 2
     assert "notice: 2 different fillings were drawn" in output.err
-    assert "filling 2 lengths 16 times each" in output.err
+    assert "filling 2 lengths of up to 10 bytes, each filled 16 times" in output.err
 
 
 def test_a_window_slides_over_a_text_longer_than_the_rotary_table_and_python_may_set_the_table():

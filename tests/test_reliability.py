@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import main
 
-ROUNDS = int(os.environ.get("RELIABILITY_ROUNDS", "5"))
+ROUNDS = int(os.environ.get("RELIABILITY_ROUNDS", "3"))
 QUICK = [*TINY_FLAGS, "--num_samples=0", "--max_steps=1000000000", "--checkpoint_every=1", "--validate_every=7"]
 
 

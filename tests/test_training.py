@@ -377,13 +377,12 @@ def test_compiled_training_computes_what_eager_training_computes(text_folder, de
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("compiled", ["false", "true"])
-def test_two_processes_train_like_one(text_folder, compiled):
+def test_two_processes_train_like_one_compiled_too(text_folder):
     flags = ["--max_steps=6", "--log_every=1", "--num_samples=1"]
     one, _ = train_tiny(text_folder, *flags, "--batch_size=8", "--name=one")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "main.py")]
-        + [*TINY_FLAGS, *flags, "--batch_size=4", "--name=two", f"--compile={compiled}"],
+        + [*TINY_FLAGS, *flags, "--batch_size=4", "--name=two", "--compile=true"],
         cwd=text_folder,
         capture_output=True,
         text=True,

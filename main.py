@@ -723,9 +723,8 @@ def run_conditional_diffusion_inference(
             x, end = torch.tensor(given, dtype=torch.int64, device=next(model.parameters()).device), ends[numbers[0]]
             on_step(x)
             for x in write(model, x, config, seeds):  # noqa: B020  x is overwritten in place
-                is_over = after(x, end, until)
                 on_step(x)
-                if until and not ((x == MASK) & ~is_over).any():
+                if until and not ((x == MASK) & ~after(x, end, until)).any():
                     break
             if until:
                 x = x.masked_fill(after(x, end, until), PAD)
@@ -1070,7 +1069,9 @@ def show_samples(state, validation_set, log, report):
     x0 = validation_set.read((places * (len(validation_set.bytes) - config.max_length)).astype(np.int64)).tolist()
     prompts, length = [row[:prompt_length] for row in x0], config.max_length - prompt_length
     run_conditional_diffusion_inference(state.ema, prompts, length, config, on_step=lambda x: steps.append(x.clone()))
-    for prompt, written, truth in zip(prompts, steps[-1].tolist(), x0):
+    ends = [number for number, x in enumerate(steps) if not (x == MASK).any()]  # of each batch
+    finished, steps = torch.cat([steps[end] for end in ends]).tolist(), steps[: ends[0] + 1]
+    for prompt, written, truth in zip(prompts, finished, x0):
         texts = {"prompt": prompt, "model": written[prompt_length:], "truth": truth[prompt_length:]}
         for title, tokens in texts.items():
             text = bytes(tokens).decode(errors="replace").strip("\ufffd")  # characters that are cut in two
@@ -2163,7 +2164,11 @@ def generate_command(argv):
     is_free, length = arguments.prompt is None and not arguments.suffix, arguments.response_length
     until = "\n\n" if arguments.until is None and is_free else unescape(arguments.until or "")
     prompt = "\n\n" if arguments.prompt is None else arguments.prompt
-    prompts = [[*sys.stdin.buffer.read()]] if prompt == "-" else holes_to_masks(prompt)
+    if prompt == "-":
+        with open(0, "rb", closefd=False) as standard_input:
+            prompts = [[*standard_input.read()]]
+    else:
+        prompts = holes_to_masks(prompt)
     suffixes, progress = holes_to_masks(arguments.suffix, "suffix"), Progress(arguments.watch)
     given = prompts[-1] + suffixes[-1]
     if length is None:

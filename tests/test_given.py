@@ -66,6 +66,22 @@ def test_a_prompt_from_the_standard_input_is_taken_as_it_is(run_dir):
     assert done.stdout.startswith(text)
 
 
+def test_a_prompt_from_a_closed_standard_input_is_one_line(run_dir):
+    shell = f"'{sys.executable}' '{ROOT / 'main.py'}' generate --prompt - <&-"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: [Errno 9] Bad file descriptor"
+
+
+def test_samples_of_a_validation_that_are_written_in_parts_stand_beside_their_own_truth(text_folder, monkeypatch):
+    one, _ = train_tiny(text_folder, "--max_steps=1", "--num_samples=5")
+    monkeypatch.setattr(main, "BYTES_AT_ONCE", 32)
+    parts, _ = train_tiny(text_folder, "--max_steps=1", "--num_samples=5")
+    shown = [re.findall(r"(?:model|truth)\n\n(.*)\n", (run / "samples.txt").read_text("utf-8")) for run in (one, parts)]
+    assert shown[0] == shown[1]
+    assert len(shown[0]) == 10
+
+
 def test_two_holes_of_unknown_length_and_one_that_nothing_follows_are_refused_before_any_work(
     run_dir, capsys, monkeypatch
 ):

@@ -7,27 +7,35 @@
     python main.py generate --watch                       sample from the newest run and see the text emerge
     python main.py evaluate                               how good the newest run is, in many figures
     python main.py profile                                how fast a training step is, and where its time goes
-    torchrun --nproc_per_node=8 main.py                   the same training on eight GPUs
+    torchrun --nproc_per_node=8 main.py                   train on eight GPUs, on eight times the batch
 
 The idea: a text is read in two ways at once, with the same weights. The clean stream is causal, as in GPT, and predicts
 the next byte. The noisy stream predicts blocks of n bytes, of which k are replaced by MASK, for every k from 1 to n, in
 view of the clean text before them. In writing, blocks of MASKs draft what the clean stream then accepts: several bytes
-per pass, and the same text. The order of writing is free: what is given first, then its holes. One dial, block_length:
-1 is the autoregressive model, the clean stream alone; 0 is LLaDA, one noisy block over all.
+per pass, and the same text. The order of writing is free: what is given first, then its holes; the i-th byte written
+has the turn i and stands at place[i] of the text. One dial, block_length: 1 is the autoregressive model, the clean
+stream alone; 0 is LLaDA, one noisy block over all.
+
+Where: loss masked_diffusion_loss; who sees whom MaskPredictor.layout; draft and verify write_in_blocks; order of
+writing draw_order; the loop train, one step of it train_step; saving save_checkpoint.
 
 Shapes: B sequences, L bytes each, n block_length, D model_dim, H heads of d = D / H, R kv_latent_dim, 256 byte values;
-C clean positions of an input, P in all; in the sampler N sequences, W positions of a block.
+P positions of an input, the first C of them clean, M noisy blocks, K clean bytes that may be seen, T turns of a text;
+in the sampler N sequences, W positions of a block.
 
 LLaDA   arXiv 2502.09992   the recipe: masked diffusion with a plain transformer, and its sampler
 MDLM    arXiv 2406.07524   the same objective, derived as a continuous-time evidence bound
 MD4     arXiv 2406.04329   the same objective, derived as a weighted integral of cross-entropies
-BD3-LM  arXiv 2503.09573   block diffusion: the same within each block, given the clean blocks before it
+BD3-LM  arXiv 2503.09573   block diffusion: the same within each block, given the clean ones before; the two streams
+TiDAR   arXiv 2511.08923   one network drafts by diffusion and verifies autoregressively, in the same pass
+FIM     arXiv 2207.14255   prefix, suffix, then middle: the order of writing of a text with a hole
 """
 
 import argparse
 import copy
 import dataclasses
 import errno
+import functools
 import gc
 import json
 import logging
@@ -44,10 +52,11 @@ import time
 import warnings
 import zipfile
 import zlib
-from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 import numpy as np
 import torch
@@ -60,6 +69,7 @@ from tqdm import tqdm
 PAD, MASK, UNK = 256, 257, 258  # input embedding only: the output has 256 rows. UNK is unused, all bytes are known
 NUM_BYTES, NUM_TOKENS = 256, 259
 BITS_PER_NAT = 1 / math.log(2)
+BYTES_AT_ONCE = 2**16  # of a batch of the sampler: some 200 MB of random numbers, keys and values
 
 
 class InputError(ValueError):
@@ -88,10 +98,10 @@ def by_size(cpu, gpu):
 class CONFIG:
     """All settings of a run, checked on creation: an InputError names the field, its value and what it accepts."""
 
-    # The two default sizes: 0.8 M parameters for six minutes of training on two cores, 10.8 M for a GPU
+    # The two default sizes: 0.8 M parameters for some minutes of training on two cores, 10.8 M for a GPU
     model_dim: int = by_size(cpu=128, gpu=384)  # [D] width of the residual stream
     num_layers: int = by_size(cpu=4, gpu=6)  # transformer layers
-    num_heads: int = by_size(cpu=4, gpu=6)  # [H] attention heads; model_dim / num_heads must be even for RoPE
+    num_heads: int = by_size(cpu=2, gpu=6)  # [H] attention heads; model_dim / num_heads must be even for RoPE
     kv_latent_dim: int = by_size(cpu=64, gpu=256)  # [R] width of the latent of keys and values; mha has none
     ffn_dim: int = by_size(cpu=352, gpu=1024)  # hidden width of the feed-forward network, usually 8/3 of model_dim
     max_length: int = 256  # [L] bytes of context
@@ -170,7 +180,7 @@ class ByteLevelTextDataset(Dataset):
                 self.mapping = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise InputError(f"{path}: cannot be mapped into memory, copy it to another disk ({error})") from None
-        if hasattr(self.mapping, "madvise"):  # no read-ahead: it makes random reads of a huge file 160 times as dear
+        if hasattr(self.mapping, "madvise"):  # no read-ahead: it makes random reads of a huge file 160 times as slow
             self.mapping.madvise(mmap.MADV_RANDOM)
         self.bytes = np.frombuffer(self.mapping, np.uint8)[start:stop]
 
@@ -242,7 +252,7 @@ class Layout:
 
 
 def attend(q, k, v, sees):
-    """Softmax attention. On a CPU in float32: two streams of the default size take 10 ms both ways, in bf16 18."""
+    """Softmax attention. On a CPU in float32: its kernel takes nearly twice as long in bf16."""
     dtype, on_cpu = v.dtype, v.device.type == "cpu"
     with torch.autocast(v.device.type, enabled=False):  # which would change the precision back
         if on_cpu and dtype.itemsize == 2:
@@ -342,8 +352,7 @@ ATTENTIONS = {"simplified_mla": SimplifiedMLAttention, "mla": MultiHeadLatentAtt
 
 
 def mish(x):
-    """x * tanh(softplus(x)) (arXiv 1908.08681) by one exponential. F.mish takes three on a CPU: a compiled feed-forward
-    network of the default size takes 11.1 ms with it, 7.8 ms with this (2,032 positions, bf16, both ways)."""
+    """x * tanh(softplus(x)) (arXiv 1908.08681) by one exponential; F.mish takes three on a CPU, and a third longer."""
     exp = torch.exp(x.float().clamp(max=20))  # beyond 20 it is x to the last bit; float16 would overflow at 5.5
     ratio = exp * (exp + 2)
     return x * (ratio / (ratio + 2)).to(x.dtype)
@@ -443,8 +452,8 @@ class MaskPredictor(nn.Module):
 
     Turn i is the i-th byte *written*, place[i] is where it stands in the text. From left to right place[i] is i; with
     holes, what is given has the first turns and the holes the last. A block is n = block_length turns. Two streams of
-    one text share all weights: clean bytes, causal as in GPT, predict the next byte; noisy blocks, partly MASK, predict
-    their own bytes. n = 1 is the clean stream alone, the autoregressive twin; n = 0 is one noisy block over all, LLaDA.
+    one text: clean bytes predict the next byte, noisy blocks, partly MASK, their own bytes. n = 1 is the clean stream
+    alone, the autoregressive twin; n = 0 is one noisy block over all, LLaDA.
     """
 
     def __init__(self, config):
@@ -471,7 +480,7 @@ class MaskPredictor(nn.Module):
         if length > len(self.rope):
             self.rope = rope_table(length, self.rope.shape[-1], self.rope_theta).to(self.rope.device)
 
-    def forward(self, tokens, attention_mask=None, clean=None, place=None, block_length=None):
+    def forward(self, tokens, attention_mask=None, clean=None, place=None):
         """Logits [B, L, 256], float32, of the byte at each position of tokens [B, L], int64: bytes and special ids.
 
         A block of tokens is predicted from itself and the earlier blocks of `clean` [B, L], by default of tokens; for
@@ -480,7 +489,7 @@ class MaskPredictor(nn.Module):
         stands, by default from left to right. attention_mask, bool [B, L], is False where nothing may be seen, by
         default at PAD (not in compiled code). Raises InputError if L exceeds rope_max_length_buffer.
         """
-        n = self.block_length if block_length is None else block_length
+        n = self.block_length
         if attention_mask is None and not torch.compiler.is_compiling() and (tokens == PAD).any():
             attention_mask = tokens != PAD
         if n == 1 and clean is None:
@@ -510,8 +519,8 @@ class MaskPredictor(nn.Module):
         bytes are those of the turns from 0 on or, with a cache, those of cache.turns."""
         num_clean, num_noisy, device = 0 if clean is None else clean.shape[1], tokens.shape[1], tokens.device
         place = torch.arange(max(num_clean, num_noisy), device=device) if place is None else place
-        if len(place) > (longest := len(self.rope)):
-            found = f"a sequence of {len(place)} bytes exceeds rope_max_length_buffer={longest}"
+        if len(place) > len(self.rope):
+            found = f"a sequence of {len(place)} bytes exceeds rope_max_length_buffer={len(self.rope)}"
             raise InputError(f"{found}; raise that field")
         turns = torch.arange(num_clean, device=device)[None] if cache is None else cache.turns
         layout = self.layout(turns, firsts, num_noisy, n or num_noisy, place, attention_mask, cache)
@@ -581,6 +590,25 @@ def draw_noise(num_rows, length, generator, block_length=0):
     return t.view(num_rows, -1), torch.rand(num_rows, length, generator=generator, device=device)
 
 
+def draw_order(config, step):
+    """The order of writing of a step, place [L], a function of (seed, step); None: always from left to right. In
+    hole_share of the steps, evenly spread, there are holes in the text, which are written last; what is given is
+    written first. Holes and the stretches between them have random lengths, whose mean is another in each step. In
+    every other such step the holes have whole blocks, so that blocks begin where holes do, as they will in writing."""
+    L, n, share = config.max_length, config.block_length, config.hole_share
+    if n < 2 or not share:
+        return None
+    is_hole, number = np.zeros(L, dtype=bool), math.floor((step + 1) * share)
+    if number > math.floor(step * share):
+        random = np.random.default_rng([config.seed, step, 1])
+        mean, unit = 4 * (L / 32) ** random.random(), 1 if number % 2 else n
+        at = random.integers(2) * math.ceil(random.exponential(mean))
+        while at + (length := unit * math.ceil(random.exponential(mean) / unit)) <= L:
+            is_hole[at : at + length] = True
+            at += length + math.ceil(random.exponential(mean))
+    return torch.from_numpy(is_hole.argsort(kind="stable")).to(config.device)
+
+
 def training_mask_ratios(t, std, mean=0.45, uniform=1 / 8):
     """The mask ratios of training on whole texts, from uniform t: a fraction `uniform` stays uniform, so that the model
     sees all states of the sampler; the others follow a normal around `mean`, since almost all or almost nothing masked
@@ -598,10 +626,6 @@ def choose_positions(candidates, scores, counts):
     return candidates & (order.argsort(dim=1) < counts[:, None])
 
 
-def into_blocks(values, num_blocks):
-    return values.unflatten(1, (num_blocks, -1))  # [B, L] to [B, blocks, n]
-
-
 def mask_bytes(x0, t, noise):
     """The forward process: replace exactly k = 1 + floor(n * t) bytes of each block of n by MASK, those of lowest noise
     [B, L]; t [B, blocks] (or [B]: one block). PAD stays. Returns xt [B, L] int64 and is_masked [B, L] bool."""
@@ -616,14 +640,12 @@ def mask_bytes(x0, t, noise):
 def predict_masked(model, x0, t, noise, place=None):
     """Mask x0 and predict it. Returns the model's logits, those of x0's bytes as the last [B, L, 256] of them, their
     cross-entropy in nats and is_masked, both [B, L]. For blocks of one byte there is nothing to mask."""
-    n = x0.numel() // t.numel()
-    if n == 1:
+    if block_length_of(model) == 1:
         logits, is_masked = model(x0), x0 != PAD
     else:
         xt, is_masked = mask_bytes(x0, t, noise)
-        logits = model(xt, clean=x0, place=place, block_length=block_length_of(model) and n)
-    nats = cross_entropy(logits[:, -x0.shape[1] :], x0, is_masked)
-    return logits, nats, is_masked
+        logits = model(xt, clean=x0, place=place)
+    return logits, cross_entropy(logits[:, -x0.shape[1] :], x0, is_masked), is_masked
 
 
 def cross_entropy(logits, x0, is_target):
@@ -634,13 +656,13 @@ def cross_entropy(logits, x0, is_target):
 
 def mean_of_masked(values, is_masked, num_blocks):
     """The mean over the masked bytes of each block, [B, blocks]."""
-    values, is_masked = into_blocks(values * is_masked, num_blocks), into_blocks(is_masked, num_blocks)
+    values, is_masked = (x.unflatten(1, (num_blocks, -1)) for x in (values * is_masked, is_masked))
     return values.sum(dim=-1) / is_masked.sum(dim=-1).clamp(min=1)
 
 
 def masked_diffusion_loss(model, x0, t=None, noise=None, place=None, next_byte_weight=0.0):
-    """The negative evidence lower bound (NELBO, here "the bound"): an upper bound of -log p(x0) / L. (In the
-    training on whole texts `training_mask_ratios` gives t another law; then it is no bound.)
+    """The negative evidence lower bound (NELBO, here "the bound"): an upper bound on -log p(x0) / L. (In the training
+    on whole texts `training_mask_ratios` gives t another distribution; then it is no bound.)
 
     LLaDA (eq. 3), MDLM and MD4 write it as E_t[(1/t) sum of masked cross-entropies], t ~ U(0, 1), each byte masked with
     probability t. Group the draws by their number k of masks: the integral of Binomial(k; L, t) / t over t is 1/k for
@@ -648,16 +670,13 @@ def masked_diffusion_loss(model, x0, t=None, noise=None, place=None, next_byte_w
 
         E_{k ~ Uniform{1..L}}  E_{masks of k bytes}  [ mean cross-entropy of the k masked bytes ]
 
-    There is no 1/t to blow up. The mean is taken within each block, then over blocks and sequences; dividing by the
-    number of masks in the whole batch would be another objective. Block diffusion (BD3-LM, arXiv 2503.09573) is that
-    in each block of n bytes, given the clean ones before: by the chain rule a bound, too; for n = 1 the likelihood.
+    The mean is taken within each block, then over blocks and sequences; over all masks of the batch it would be another
+    objective. Block diffusion (BD3-LM) is that in each block of n bytes, given the clean ones before: by the chain rule
+    a bound, too; for n = 1 the likelihood. Added to it, next_byte_weight times the mean cross-entropy of the clean
+    stream's next bytes, but for the first and those where the order of writing jumps, which only the blocks predict.
 
-    Added to it, next_byte_weight times the mean cross-entropy of the clean stream's next bytes: the exact negative
-    log-likelihood, but for the first byte and those where the order of writing jumps, which only the blocks predict.
-
-    `model` is a MaskPredictor, or called like one; x0 is int64 [B, L], clean bytes, PAD where a sequence is shorter; t
-    and noise are as of `draw_noise`, by default drawn by torch's generator; place [L] is the order of writing, by
-    default from left to right. Returns a scalar, nats per byte.
+    x0: int64 [B, L], PAD where a sequence is shorter; t and noise: of `draw_noise`, by default drawn by torch's
+    generator; place [L]: the order of writing, by default from left to right. Returns a scalar, nats per byte.
     """
     if t is None:
         generator = torch.Generator(x0.device).manual_seed(int(torch.randint(2**62, ())))
@@ -665,10 +684,10 @@ def masked_diffusion_loss(model, x0, t=None, noise=None, place=None, next_byte_w
     x0 = x0 if place is None else x0[:, place]
     logits, nats, is_masked = predict_masked(model, x0, t, noise, place)
     num_blocks = t.numel() // len(x0)
-    lengths = into_blocks(x0 != PAD, num_blocks).sum(dim=-1)  # [B, blocks]
+    lengths = (x0 != PAD).unflatten(1, (num_blocks, -1)).sum(dim=-1)  # [B, blocks]
     means = mean_of_masked(nats, is_masked, num_blocks)
     loss = ((means * lengths).sum(dim=1) / lengths.sum(dim=1).clamp(min=1)).mean()
-    if next_byte_weight and 1 < num_blocks < x0.shape[1]:
+    if next_byte_weight and block_length_of(model) > 1:  # the next byte's loss; for n = 1 the loss above is it
         is_next = x0[:, 1:] != PAD if place is None else (x0[:, 1:] != PAD) & (place.diff() == 1)
         nats = cross_entropy(logits[:, : x0.shape[1] - 1], x0[:, 1:], is_next)
         loss = loss + next_byte_weight * mean_of_masked(nats, is_next, 1).mean()
@@ -680,9 +699,6 @@ def block_length_of(model):
 
 
 # === Sampler: from MASKs to text ======================================================================================
-
-
-BYTES_AT_ONCE = 2**16  # of a batch: some 200 MB of random numbers, keys and values
 
 
 def run_conditional_diffusion_inference(
@@ -704,19 +720,14 @@ def run_conditional_diffusion_inference(
     suffix, until, on_step = to_tokens(suffix, "suffix"), to_tokens(until or "", "until"), on_step or (lambda x: None)
     texts = [to_tokens(one) + [MASK] * response_length + suffix for one in (prompt if is_batch else [prompt])]
     seed = config.seed if seed is None else seed
-    require(seed >= 0, "seed", seed, "0 or more")
-    require(response_length >= 0, "response_length", response_length, "0 or more")
-    longest = max(map(len, texts), default=0)
-    if longest > config.rope_max_length_buffer and not block_length_of(model):  # in blocks a window slides over it
-        limit = f"rope_max_length_buffer={config.rope_max_length_buffer}"
-        raise InputError(f"prompt, response_length and suffix, {longest} bytes, exceed {limit}; shorten one of them")
     ends = [max((place + 1 for place, token in enumerate(text) if token != MASK), default=0) for text in texts]
-    check_sampling(model, config, any(MASK in text[:end] for text, end in zip(texts, ends)))
+    check_sampling(model, config, response_length, seed, texts, ends)
+    longest = max(map(len, texts), default=0)
     batches, results, size = {}, [""] * len(texts), max(1, BYTES_AT_ONCE // max(1, longest))
     for number, text in enumerate(texts):
         batches.setdefault((number // size, *(token == MASK for token in text)), []).append(number)
     write = write_in_blocks if block_length_of(model) else denoise
-    model.extend_rope(longest + 2 * max(64, block_length_of(model)))  # drafts reach beyond the end
+    model.extend_rope(longest + 2 * max(64, block_length_of(model)))  # the drafts of blocks reach beyond the end
     with evaluation_mode(model):
         for numbers in batches.values():
             given, seeds = [texts[i] for i in numbers], [seed + i for i in numbers]
@@ -734,30 +745,16 @@ def run_conditional_diffusion_inference(
     return results if is_batch else results[0]
 
 
-def check_sampling(model, config, has_holes):
-    """Raises InputError: the model was not trained for what is asked of it, or would ignore a setting."""
-    own, n = block_length_of(model), config.block_length
-    accepted = "0, or above 1 with a hole_share above 0, in the training, to fill holes with text after them"
-    require(model.fills_holes or not has_holes, "block_length", own, accepted)
-    if own:
-        accepted = "1, as in the training" if own == 1 else "1 to 64 in blocks"
-        require(n == 1 if own == 1 else 0 < n <= 64, "block_length", n, accepted)
-        for name in ("remasking", "inference_steps"):
-            value, default = getattr(config, name), CONFIG.__dataclass_fields__[name].default
-            require(value == default, name, value, f"{default!r}, but for models that were trained with block_length=0")
-
-
 @torch.inference_mode()
 def write_in_blocks(model, x, config, seeds):
     """Fill the MASKs of x [N, L] in place, from left to right; yields x after each pass.
 
-    Each byte is drawn from the clean stream's prediction, given all that was given or written before. (The first byte
-    of the text, or of a hole, is drawn from a block of MASKs, as long as in the training.) The noisy blocks only guess
-    ahead: their bytes for the next n - 1 turns are drafts, which the next pass reads as if they were written. As the
-    draws of one place share their noise, a draft often equals what the clean stream then draws; the first that does not
-    is replaced by it, and what follows is drafted anew. So the text is, byte for byte, the same for every n.
-    (Speculative decoding, arXiv 2211.17192, by Gumbel noise; drafts by one's own masked block: 2511.08923.) One pass
-    reads the last byte and its drafts, and drafts anew after each of them.
+    Each byte is drawn from the clean stream given all before it (the first of the text, or of a hole, from a block of
+    MASKs as long as in the training). The noisy blocks draft the next n - 1 bytes; the next pass reads the drafts as if
+    they were written, keeps them up to the first that is not what the clean stream draws there with the same noise, and
+    writes that instead. So the text is, byte for byte, the same for every n.
+    (Speculative decoding, arXiv 2211.17192, by Gumbel noise; both at once as in TiDAR.) One pass reads the last byte
+    and its drafts, verifies these, and drafts anew after each of them.
     """
     (N, L), n, own, device = x.shape, config.block_length, model.block_length, x.device
     beyond = 2 * max(n, own)  # so many turns after the end are drafted, too, but not written
@@ -787,14 +784,14 @@ def write_in_blocks(model, x, config, seeds):
             hidden = model.hidden(masks, clean, length, place, begins, cache=cache.see(turns))
             noisy = hidden[:, C:].unflatten(1, (-1, length))  # [N, drafts + 1, n, D]
             drawn = draw(noisy[:, :, 0] if is_jump[start] else hidden[:, C - num_drafts - 1 : C], new)
-            agreed = (drawn[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)  # [N]: how many drafts, from the first on
+            agreed = (drawn[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)  # verify, [N]: how many, from the first on
             agreed = torch.minimum(agreed, end - 1 - first)  # -1: the row has ended
             is_new = torch.arange(num_drafts + 1, device=device) <= agreed[:, None]
             text.scatter_(1, new, torch.where(is_new, drawn, text.gather(1, new)))
             x[:, place[:L]] = text[:, :L]
             yield x
             first, is_jump[start] = first + agreed + 1, False
-            if n > 1:
+            if n > 1:  # draft
                 last = noisy[rows, agreed.clamp(min=0), 1:n]  # of this block the first byte has been drawn
                 drafts = draw(last, first[:, None] + torch.arange(last.shape[1], device=device))
             turns, length = first[:, None] - 1 + torch.arange(drafts.shape[1] + 1, device=device), n
@@ -804,19 +801,18 @@ def write_in_blocks(model, x, config, seeds):
 def denoise(model, x, config, seeds):
     """Fill the MASKs of x [N, L] in place, by a model of whole texts; yields x after each pass.
 
-    This is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5), and everybody else's with another choice of the
-    positions to unmask. The text is cut into blocks, filled from left to right. Each pass predicts all of x, draws a
-    byte for each MASK of the block and unmasks some of them. (LLaDA says it the other way round: fill all, then remask
-    all but the most confident, hence the field's name.) They are those whose drawn byte is most probable, which prefers
-    likely bytes; or any, "random" (MDLM, MD4). A row's random numbers depend on its seed and block alone.
+    This is LLaDA's sampler (arXiv 2502.09992, algorithms 4 and 5). The text is cut into blocks, filled from left to
+    right. Each pass predicts all of x, draws a byte for each MASK of the block and unmasks some of them: those whose
+    drawn byte is most probable (LLaDA remasks the others, hence the field's name), or any, "random" (MDLM, MD4). A
+    row's random numbers depend on its seed and block alone.
     """
     for block, passes in plan_blocks(x == MASK, config):
         generators = [torch.Generator(x.device).manual_seed(derive_seed(seed, block.start)) for seed in seeds]
         for number in range(passes):
             is_masked = x[:, block] == MASK  # [N, W]
             logits = model.output(model.hidden(x)[:, block]).float()
-            noise = torch.stack([uniform_noise((is_masked.shape[1], 257), generator) for generator in generators])
-            drawn = draw_bytes(logits, config.temperature, config.top_p, to_gumbel(noise[..., :256]))
+            noise = torch.stack([gumbel((is_masked.shape[1], 257), generator) for generator in generators])
+            drawn = draw_bytes(logits, config.temperature, config.top_p, noise[..., :256])
             of_drawn = logits.softmax(dim=-1).gather(-1, drawn[..., None])[..., 0]
             scores = of_drawn if config.remasking == "low_confidence" else noise[..., 256]
             counts = -(-is_masked.sum(dim=1) // (passes - number))  # an equal part for each of the passes left
@@ -824,13 +820,10 @@ def denoise(model, x, config, seeds):
             yield x
 
 
-def uniform_noise(shape, generator):
-    """In float64 where the device has it: float32 Gumbel noise silently lowers the temperature (arXiv 2409.02908)."""
+def gumbel(shape, generator):
+    """Gumbel noise, in float64 where the device has it: float32 silently lowers the temperature (arXiv 2409.02908)."""
     dtype = torch.float32 if generator.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-    return torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
-
-
-def to_gumbel(uniform):
+    uniform = torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
     return -(-uniform.log()).log()
 
 
@@ -840,8 +833,8 @@ def gumbel_noise(seeds, length, device):
     for seed in seeds:
         seeds_of_row = [derive_seed(seed, start) for start in range(0, length, 64)]
         generators = [torch.Generator(device).manual_seed(number) for number in seeds_of_row]
-        rows.append(torch.cat([uniform_noise((64, NUM_BYTES), generator) for generator in generators])[:length])
-    return to_gumbel(torch.stack(rows))
+        rows.append(torch.cat([gumbel((64, NUM_BYTES), generator) for generator in generators])[:length])
+    return torch.stack(rows)
 
 
 def draw_bytes(logits, temperature, top_p, gumbel):
@@ -880,7 +873,7 @@ def plan_blocks(is_masked, config):
 def after(x, end, until):
     """bool [N, L]: True after the first `until`, a list of bytes, that stands in x [N, L] from `end` on."""
     is_over, size = torch.zeros_like(x, dtype=torch.bool), len(until)
-    if until and x.shape[1] > end + size:
+    if x.shape[1] > end + size:
         windows = x[:, end:-1].unfold(1, size, 1)  # [N, L - end - size, size]
         is_over[:, end + size :] = (windows == torch.tensor(until, device=x.device)).all(dim=-1)
     return is_over.cumsum(dim=1) > 0
@@ -910,7 +903,7 @@ def train(config, run_dir=None, checkpoint=None):
     train_set, validation_set = open_datasets(config, (checkpoint or {}).get("folder", "."))
     state = TrainingState(config, checkpoint)
     state.know_texts(train_set, validation_set)
-    check_sampling(state.ema, config, has_holes=False)
+    check_sampling(state.ema, config)
     if state.is_over():
         limit = "--max_steps" if state.step >= config.max_steps else "--max_minutes"
         ended = f"{run_dir or 'the run'} ended at step {state.step:,}, after {state.minutes:.1f} minutes"
@@ -918,39 +911,22 @@ def train(config, run_dir=None, checkpoint=None):
         return 0
     run_dir = run_dir or make_run_dir(config)
     lock = claim_run(run_dir, config) if rank() == 0 else None  # noqa: F841  held to the end
-    log, model, num_micro_batches = Log(state, run_dir), in_parallel(state.model), config.gradient_accumulation_steps
-    loss_function = compile_loss(model, config)
+    log, model = Log(state, run_dir), in_parallel(state.model)
+    loss_function = compile_loss(model, state)
     intervals = config.log_every, config.validate_every, config.checkpoint_every
     announce(state, train_set, validation_set, run_dir)
     with stop_signals() as received, closing(log):
         started, stop = time.perf_counter() - 60 * state.minutes, None
         log.restart()
         while stop is None:
-            t, noise = training_noise(state)  # of all rows of the step, whoever computes them
-            order = draw_order(config, state.step), config.next_byte_weight
-            loss = torch.zeros((), device=config.device)
-            for micro_batch in range(num_micro_batches):
-                first = (micro_batch * world_size() + rank()) * config.batch_size
-                rows, is_last = slice(first, first + config.batch_size), micro_batch == num_micro_batches - 1
-                x0 = train_set.random_crops(config.seed, state.step, rows, len(t))  # fetch
-                x0 = x0.pin_memory() if config.device.startswith("cuda") else x0  # else the copy would be waited for
-                x0 = x0.to(config.device, non_blocking=x0.is_pinned()).long()
-                with nullcontext() if is_last or model is state.model else model.no_sync():
-                    with autocast(config):
-                        part = loss_function(model, x0, t[rows], noise[rows], *order) / num_micro_batches  # forward
-                    state.scaler.scale(part).backward()  # backward
-                loss += part.detach()
-            if dist.is_initialized():
-                dist.all_reduce(loss)  # on a GPU the host does not wait for it
-            loss /= world_size()
+            loss, norm = train_step(state, model, loss_function, train_set)
             log.losses.append(loss)  # on the device, so that no step waits for it
-            norm = optimizer_step(state)  # step
             stop = reason_to_stop(state, (time.perf_counter() - started) / 60, received)
             to_log, to_validate, to_save = (stop is not None or state.step % every == 0 for every in intervals)
             if to_log or to_validate or to_save:
                 log.step(loss, norm)  # log; raises TrainingError if they are not finite, before anything is saved
             if to_validate and not stop:
-                validate(state, train_set, validation_set, log)
+                validate(state, train_set, validation_set, log)  # saves best.pt
             if to_save and not save_checkpoint(run_dir, "latest.pt", state) and stop is not None:
                 raise TrainingError(f"step {state.step:,} could not be saved to {run_dir}, see the warning above")
             if to_validate or to_save:
@@ -961,11 +937,32 @@ def train(config, run_dir=None, checkpoint=None):
             return 128 + stop
         num_bytes = min(len(validation_set.bytes), 2**20)  # the whole validation text, up to this size
         figures = judge(state.ema, validation_set, num_bytes)
-        log.add_figures("val/final_", figures)
+        log.add_result(figures)
     say(f"done: {state.step:,} steps in {tqdm.format_interval(60 * state.minutes)}")
     say(f"final {in_words(figures)} bits per byte, on {num_bytes:,} bytes of validation text")
     say(f"try the best checkpoint: python main.py generate --watch --checkpoint {folder}")
     return 128 + received[0] if received else 0
+
+
+def train_step(state, model, loss_function, train_set):
+    """One step on one batch: returns its loss, nats per byte, and the norm of its gradient, scalars on the device."""
+    config, num_micro_batches = state.config, state.config.gradient_accumulation_steps
+    t, noise, place = draw_step(state)  # of all rows of the step, whoever computes them
+    loss = torch.zeros((), device=config.device)
+    for micro_batch in range(num_micro_batches):
+        first = (micro_batch * world_size() + rank()) * config.batch_size
+        rows, is_last = slice(first, first + config.batch_size), micro_batch == num_micro_batches - 1
+        x0 = train_set.random_crops(config.seed, state.step, rows, len(t))  # fetch
+        x0 = x0.pin_memory() if config.device.startswith("cuda") else x0  # else the copy would be waited for
+        x0 = x0.to(config.device, non_blocking=x0.is_pinned()).long()
+        with nullcontext() if is_last or model is state.model else model.no_sync():
+            with autocast(config):  # forward
+                part = loss_function(model, x0, t[rows], noise[rows], place, config.next_byte_weight)
+            state.scaler.scale(part / num_micro_batches).backward()  # backward
+        loss += part.detach() / num_micro_batches
+    if dist.is_initialized():
+        dist.all_reduce(loss)  # on a GPU the host does not wait for it
+    return loss / world_size(), optimizer_step(state)  # step
 
 
 def reason_to_stop(state, minutes, received):
@@ -981,34 +978,17 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def training_noise(state):
-    """`draw_noise` of the whole batch of a step, over all micro-batches and processes, so that any split of it gets the
-    same; of whole texts with the mask ratios of training. Seeds torch's generator for dropout, too."""
+def draw_step(state):
+    """What is drawn for a step: t, noise and place of `masked_diffusion_loss`. A function of (seed, step), for the
+    whole batch, so that any split of it into processes and micro-batches gets the same; of whole texts with the mask
+    ratios of training. Seeds torch's generator for dropout, too."""
     config = state.config
     torch.manual_seed(derive_seed(config.seed, state.step, 1 + rank()))
     generator = torch.Generator(config.device).manual_seed(derive_seed(config.seed, state.step))
     num_rows = config.batch_size * config.gradient_accumulation_steps * world_size()
     t, noise = draw_noise(num_rows, config.max_length, generator, config.block_length)
-    return t if config.block_length else training_mask_ratios(t, config.mask_ratio_std), noise
-
-
-def draw_order(config, step):
-    """The order of writing of a step, place [L], a function of (seed, step); None: always from left to right. In
-    hole_share of the steps, evenly spread, there are holes in the text, which are written last; what is given is
-    written first. Holes and the stretches between them have random lengths, whose mean is another in each step. In
-    every other such step the holes have whole blocks, so that blocks begin where holes do, as they will in writing."""
-    L, n, share = config.max_length, config.block_length, config.hole_share
-    if n < 2 or not share:
-        return None
-    is_hole, number = np.zeros(L, dtype=bool), math.floor((step + 1) * share)
-    if number > math.floor(step * share):
-        random = np.random.default_rng([config.seed, step, 1])
-        mean, unit = 4 * (L / 32) ** random.random(), 1 if number % 2 else n
-        at = random.integers(2) * math.ceil(random.exponential(mean))
-        while at + (length := unit * math.ceil(random.exponential(mean) / unit)) <= L:
-            is_hole[at : at + length] = True
-            at += length + math.ceil(random.exponential(mean))
-    return torch.from_numpy(is_hole.argsort(kind="stable")).to(config.device)
+    t = t if config.block_length else training_mask_ratios(t, config.mask_ratio_std)
+    return t, noise, draw_order(config, state.step)
 
 
 def learning_rate_scale(config, step, minutes):
@@ -1130,7 +1110,7 @@ def measure(model, dataset, max_bytes=0, batch_size=16, seed=0):
         for rows, x0 in batches:
             x0 = x0.to(device)
             _, nats, is_masked = predict_masked(model, x0, t[rows].to(device), noise[rows].to(device))
-            lengths, masked = (into_blocks(x, num_blocks).sum(dim=-1) for x in (x0 != PAD, is_masked))
+            lengths, masked = (x.unflatten(1, (num_blocks, -1)).sum(dim=-1) for x in (x0 != PAD, is_masked))
             bits = mean_of_masked(nats, is_masked, num_blocks) * BITS_PER_NAT
             measured[:, rows] = torch.stack([x.cpu().double() for x in (lengths, masked / lengths, bits)])
     measured = over_processes("sum", measured).flatten(1)
@@ -1138,15 +1118,16 @@ def measure(model, dataset, max_bytes=0, batch_size=16, seed=0):
 
 
 @torch.no_grad()
-def measure_next_byte(model, dataset, max_bytes=0, batch_size=16):
-    """The exact cost of a text, written from left to right by the clean stream: two float64 [chunks], lengths and mean
-    bits per byte. The chunks, and the processes, are those of `measure`."""
-    num_chunks, batches = chunks_of(dataset, max_bytes, batch_size)
+def estimate_next_byte(model, dataset, max_bytes=0):
+    """(mean, standard error) of the exact cost of a text written from left to right by the clean stream, in bits per
+    byte. The chunks, and the processes, are those of `measure`."""
+    num_chunks, batches = chunks_of(dataset, max_bytes, batch_size=16)
     measured = torch.zeros(2, num_chunks, dtype=torch.double)
     for rows, x0 in batches:
         bits, is_byte = exact_likelihood(model, x0.to(next(model.parameters()).device)), x0 != PAD
         measured[:, rows] = torch.stack([is_byte.sum(dim=1).double(), mean_of_masked(bits, is_byte, 1)[:, 0]])
-    return over_processes("sum", measured)
+    lengths, bits = over_processes("sum", measured)
+    return mean_over_bytes(bits, lengths)
 
 
 def judge(model, dataset, max_bytes=0):
@@ -1155,8 +1136,7 @@ def judge(model, dataset, max_bytes=0):
     n = block_length_of(model)
     figures = {"exact likelihood" if n == 1 else "bound": estimate_nelbo(model, dataset, max_bytes)}
     if n > 1:
-        lengths, bits = measure_next_byte(model, dataset, max_bytes)
-        figures["next byte"] = mean_over_bytes(bits, lengths)
+        figures["next byte"] = estimate_next_byte(model, dataset, max_bytes)
     return figures
 
 
@@ -1225,12 +1205,23 @@ def exact_likelihood(model, x0, order="as_written", is_hole=None):
 
 def write_many(model, prompts, config, seed):
     """Texts of one length with their MASKs filled, as int64 [N, L]."""
-    progress = Progress()
-    run_conditional_diffusion_inference(model, prompts, 0, config, seed=seed, on_step=progress)
-    return torch.cat(progress.finished)
+    finished = []  # of each batch
+    on_step = lambda x: None if (x == MASK).any() else finished.append(x.clone())
+    run_conditional_diffusion_inference(model, prompts, 0, config, seed=seed, on_step=on_step)
+    return torch.cat(finished)
 
 
 WORD = re.compile(rb"[\w\x80-\xff]+")  # letters of other scripts are bytes from 0x80 on
+FAR_OFF = {  # a figure of the samples is marked if this holds for its value and that of the text itself
+    "known words": lambda value, text: value < 0.9 * text,
+    "byte entropy": lambda value, text: abs(value - text) > 0.1 * text,
+    "invalid UTF-8": lambda value, text: value > text + 0.001,
+}
+
+
+@functools.lru_cache(1)  # of one long text
+def words_of(text):
+    return set(WORD.findall(text))
 
 
 def text_statistics(texts, training_text):
@@ -1242,20 +1233,12 @@ def text_statistics(texts, training_text):
     characters = "".join(text.decode(errors="replace").strip("\ufffd") for text in texts)  # an end may be cut off
     known = copied = None
     if training_text is not None:
-        vocabulary = set(WORD.findall(training_text))
         pieces = [text[start : start + 32] for text in texts for start in range(0, len(text) - 31, 32)]
-        known = sum(word in vocabulary for word in words) / max(1, len(words))
+        known = sum(word in words_of(training_text) for word in words) / max(1, len(words))
         copied = sum(piece in training_text for piece in pieces) / max(1, len(pieces))
     entropy = -sum(p * math.log2(p) for p in frequencies if p)
     invalid = characters.count("\ufffd") / max(1, len(characters))
     return {"known words": known, "byte entropy": entropy, "invalid UTF-8": invalid, "copied": copied}
-
-
-FAR_OFF = {  # a figure of the samples is marked if this holds for its value and that of the text itself
-    "known words": lambda value, text: value < 0.9 * text,
-    "byte entropy": lambda value, text: abs(value - text) > 0.1 * text,
-    "invalid UTF-8": lambda value, text: value > text + 0.001,
-}
 
 
 def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
@@ -1266,22 +1249,22 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
     starts = np.arange(num_chunks) * (len(dataset.bytes) // length) // num_chunks * length
     x0, rows = dataset.read(starts).to(device), []  # [num_chunks, L], without PAD
 
-    def report(figure, kind, values, text=None, is_far_off=False, **lengths_and_ratios):
-        values = torch.as_tensor(math.nan if values is None else values).cpu().double().reshape(-1)
-        numbers = mean_over_bytes(values, **{"lengths": torch.ones_like(values), **lengths_and_ratios})
-        value, error = (None if math.isnan(number) else number for number in numbers)
+    def report(figure, kind, values, text=None, is_far_off=False):
+        if not isinstance(values, tuple):  # else a mean and its standard error
+            values = torch.as_tensor(math.nan if values is None else values).cpu().double().reshape(-1)
+            values = mean_over_bytes(values, torch.ones_like(values))
+        value, error = (None if math.isnan(number) else number for number in values)
         rows.append({"figure": figure, "kind": kind, "value": value, "standard_error": error, "text": text})
         rows[-1]["is_far_off"] = bool(is_far_off)
 
     def sample(prompts, **overrides):
         return write_many(model, prompts, dataclasses.replace(config, **overrides), seed)
 
-    n, lengths, ratios, bits = block_length_of(model), *measure(model, dataset, seed=seed)
+    n = block_length_of(model)
     kind = ("likelihood", "exact") if n == 1 else ("NELBO", "bound")
-    report(*kind, bits, lengths=lengths, ratios=None if kind[1] == "exact" else ratios)
+    report(*kind, estimate_nelbo(model, dataset, seed=seed))
     if n > 1:
-        lengths, bits = measure_next_byte(model, dataset)
-        report("next byte", "exact", bits, lengths=lengths)
+        report("next byte", "exact", estimate_next_byte(model, dataset))
     half, hole, place = length // 2, min(20, length // 2), torch.arange(length, device=device)
     left_to_right = exact_likelihood(model, x0)
     report("left to right", "exact", left_to_right.mean(dim=1))
@@ -1305,8 +1288,8 @@ def evaluate(model, config, dataset, training_text, num_chunks=16, seed=0):
         if kind == "free":
             own, usual = exact_likelihood(model, samples).mean(dim=1), left_to_right.mean().item()
             report("likelihood of own samples", "exact", own, usual, own.mean() < 0.5 * usual)
-        of_text = text_statistics([bytes(row) for row in text.tolist()], training_text)
-        for name, value in text_statistics([bytes(row) for row in samples.tolist()], training_text).items():
+        of_text, of_samples = (text_statistics(list(map(bytes, x.tolist())), training_text) for x in (text, samples))
+        for name, value in of_samples.items():
             is_far_off = name in FAR_OFF and value is not None and FAR_OFF[name](value, of_text[name])
             report(f"{name}, {kind}", "other", value, of_text[name], is_far_off)
     return rows
@@ -1390,10 +1373,7 @@ class Story(dict):
 def starter_corpus():
     """[training, validation] bytes of made-up stories in the manner of TinyStories (arXiv 2305.07759)."""
     random = Random(0)
-
-    def choose(alternatives):
-        return alternatives[int(random.random() * len(alternatives))]  # random.choice may differ between Pythons
-
+    choose = lambda alternatives: alternatives[int(random.random() * len(alternatives))]
     stories = [Story(choose)["story"] + "\n" for _ in range(5500)]
     return [STARTER_LINE + "\n".join(part).encode() for part in (stories[:5000], stories[5000:])]
 
@@ -1595,10 +1575,6 @@ def read_checkpoint(path):
         raise InputError(f"{path}: not a readable checkpoint ({reason}){hint}") from None
 
 
-MODEL_FIELDS = ["model_dim", "num_layers", "num_heads", "kv_latent_dim", "ffn_dim", "conv_width", "block_length"]
-MODEL_FIELDS += ["attention", "qk_rope_head_dim", "rope_theta"]
-
-
 def saved_config(state, **overrides):
     """The CONFIG of a checkpoint. A field that this file no longer has is an InputError, a new one gets its default."""
     unknown = state["config"].keys() - {field.name for field in dataclasses.fields(CONFIG)}
@@ -1676,11 +1652,12 @@ class Log:
         )
         self.bar.bar_format = "{desc} |{bar}|"  # a narrow terminal cuts the bar, not the text
 
-    def add(self, kind, name, value):
-        """A scalar or a text to TensorBoard, as long as its disk is not full."""
+    def add(self, kind, *values):
+        """A scalar, a text or a summary to TensorBoard, as long as its disk is not full."""
         try:
             if self.writer:
-                getattr(self.writer, f"add_{kind}")(name, value, self.state.step)
+                writer = self.writer.file_writer if kind == "summary" else self.writer
+                getattr(writer, f"add_{kind}")(*values, self.state.step)
         except OSError as error:
             say(f"warning: TensorBoard's log cannot be written ({error.strerror}); going on without it")
             self.writer = None
@@ -1688,6 +1665,20 @@ class Log:
     def add_figures(self, prefix, figures):
         for name, (value, _) in figures.items():
             self.add("scalar", prefix + "next_byte_" * (name == "next byte") + "bits_per_byte", value)
+
+    def add_result(self, figures):
+        """For TensorBoard's HPARAMS, which sorts runs: the final figures, and the settings that are not the defaults.
+        (`add_hparams` would write the list of columns, too, and TensorBoard shows that of one run alone.)"""
+        from torch.utils.tensorboard.summary import hparams  # imported late, as SummaryWriter
+
+        config, state = self.state.config, self.state
+        self.add_figures("val/final_", figures)
+        self.add("scalar", "final/steps", state.step)
+        self.add("scalar", "final/minutes", state.minutes)
+        defaults = vars(CONFIG(device=config.device)) | {"name": config.name}
+        settings = {name: value for name, value in vars(config).items() if value != defaults[name]}
+        for summary in hparams(settings, {})[1:]:
+            self.add("summary", summary)
 
     def restart(self):
         """Begin a new interval: time spent before it, as for a validation, is not the training's."""
@@ -1797,17 +1788,10 @@ def printable(text):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
 
 
-class Progress:
-    """Keeps what a sampler has finished, x [N, L]; if watched each step is drawn on the terminal, masks as dots."""
-
-    def __init__(self, is_watched=False):
-        self.finished, self.is_watched = [], is_watched and on_terminal()
-
-    def __call__(self, x):
-        if not (x == MASK).any():
-            self.finished.append(x.clone())  # the sampler goes on writing into x
-        if self.is_watched:
-            print("\x1b[H\x1b[2J" + "\n".join(map(show_masks, x.tolist())), flush=True)  # in place of the one before
+def watch(x):
+    """Draws the sequences x [N, L] on the terminal, in place of those before, masks as dots."""
+    if on_terminal():
+        print("\x1b[H\x1b[2J" + "\n".join(map(show_masks, x.tolist())), flush=True)
 
 
 # === Devices and processes ============================================================================================
@@ -1828,9 +1812,10 @@ def autocast(config):
     return torch.autocast(torch.device(config.device).type, dtype, enabled=dtype != torch.float32)
 
 
-def compile_loss(model, config):
+def compile_loss(model, state):
     """`masked_diffusion_loss` as one compiled graph, masks and cross-entropy included; tried on one batch.
     Where it fails (no C++ compiler, Windows) one warning, and the function itself."""
+    config = state.config
     if not config.compile or config.device == "mps":  # compiling for Apple's GPUs is a prototype, at times wrong
         return masked_diffusion_loss
     say("compiling the model, which takes a minute or two ...")
@@ -1840,9 +1825,9 @@ def compile_loss(model, config):
         with warnings.catch_warnings(), model.no_sync() if dist.is_initialized() else nullcontext():
             warnings.filterwarnings("ignore", message="TensorFloat32")  # advice, no error
             x0 = torch.zeros(config.batch_size, config.max_length, dtype=torch.int64, device=config.device)
-            t, noise = draw_noise(*x0.shape, torch.Generator(config.device).manual_seed(0), config.block_length)
+            t, noise, place = draw_step(state)
             with autocast(config):
-                loss = compiled(model, x0, t, noise, draw_order(config, 0), config.next_byte_weight)
+                loss = compiled(model, x0, t[: len(x0)], noise[: len(x0)], place, config.next_byte_weight)
             loss.backward()
     except Exception as error:  # noqa: BLE001  whatever went wrong inside the compiler, training works without it
         failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -1946,9 +1931,6 @@ def over_processes(operation, numbers):
 # === Profile ==========================================================================================================
 
 
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090": 165}  # published, dense bf16
-
-
 def count_flops(function):
     from torch.nn.attention import SDPBackend, sdpa_kernel  # imported late: no other command needs them
     from torch.utils.flop_counter import FlopCounterMode
@@ -1958,8 +1940,48 @@ def count_flops(function):
     return counter.get_total_flops()
 
 
+def time_components(step, device):
+    """{component: [forward, backward] in seconds} of one call of step, a function, without torch.compile; and the
+    profiler. An operator counts for the innermost component in which it was called, or whose gradient it computes."""
+    functions = [
+        ("data", ByteLevelTextDataset, "random_crops"),
+        ("masks", sys.modules[__name__], "draw_step"),
+        ("masks", sys.modules[__name__], "mask_bytes"),
+        ("layout", MaskPredictor, "layout"),
+        ("embedding", nn.Embedding, "forward"),
+        ("convolution", DepthwiseConvolution, "forward"),
+        ("attention", Attention, "forward"),
+        ("feed-forward", FeedForward, "forward"),
+        ("norms", RMSNorm, "forward"),
+        ("head and loss", sys.modules[__name__], "masked_diffusion_loss"),  # but for the components called in it
+        ("clipping", nn.utils, "clip_grad_norm_"),
+        ("Muon", Muon, "step"),
+        ("AdamW", torch.optim.AdamW, "step"),
+        ("EMA", torch, "_foreach_lerp_"),
+    ]
+    seconds, maker = {name: [0.0, 0.0] for name, *_ in functions} | {"rest": [0.0, 0.0]}, {}
+    with ExitStack() as stack:
+        for name, owner, function in functions:
+            named = torch.profiler.record_function(name)(getattr(owner, function))
+            stack.enter_context(mock.patch.object(owner, function, named))
+        step()  # warms up
+        with torch.profiler.profile() as profiler:
+            step()
+    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
+        root = event
+        while root and root.name not in seconds and "evaluate_function" not in root.name:
+            root = root.cpu_parent
+        is_backward = root is not None and root.name not in seconds
+        name = maker.get(root.sequence_nr, "rest") if is_backward else root.name if root else "rest"
+        if not is_backward:
+            maker[event.sequence_nr] = name  # of the node of autograd's graph with this number
+        took = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
+        seconds[name][is_backward] += took / 1e6
+    return seconds, profiler
+
+
 def profile_command(argv):
-    """Print the speed of training, its fraction of the rate of a large matrix product, and where its time goes by
+    """Print the speed of training, its fraction of the rate of a large matrix product, and where the time goes, by
     PyTorch's profiler, whose trace is written. Returns 0."""
     from torch.utils.benchmark import Timer
 
@@ -1973,41 +1995,33 @@ def profile_command(argv):
     write_starter_corpus(config)
     train_set, _ = open_datasets(config)
     state, on_cuda = TrainingState(config), config.device.startswith("cuda")
-    num_bytes, size = config.batch_size * config.max_length, 8192 if on_cuda else 1024
-    x0 = train_set.random_crops(config.seed, 0, slice(None), config.batch_size).to(config.device).long()
-    loss_function = compile_loss(state.model, config)
-    t, noise = (part[: config.batch_size] for part in training_noise(state))
+    num_bytes, size = bytes_per_step(config), 8192 if on_cuda else 1024
     matrix = torch.randn(size, size, device=config.device, dtype=AMP_DTYPES[config.amp_dtype])
-    order = draw_order(config, 0), config.next_byte_weight
-
-    def train_step():
-        with autocast(config):
-            loss = loss_function(state.model, x0, t, noise, *order)
-        state.scaler.scale(loss).backward()
-        optimizer_step(state)
-
-    row = x0[:1], t[:1], noise[:1], *order
-    flops = len(t) * count_flops(lambda: masked_diffusion_loss(state.model, *row).backward())
-    tasks = {"product": lambda: matrix @ matrix, "step": train_step}
+    compiled = compile_loss(state.model, state)
+    tasks = {"as trained": lambda: train_step(state, state.model, compiled, train_set)}
+    tasks["not compiled"] = lambda: train_step(state, state.model, masked_diffusion_loss, train_set)
+    tasks["product"] = lambda: matrix @ matrix
     timers = [Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads()) for task in tasks.values()]
     times = [[timer.timeit(1).mean for timer in timers] for _ in range(25)][5:]  # in turn; the first five warm up
     seconds = dict(zip(tasks, np.median(times, axis=0)))
+    x0 = torch.zeros(num_bytes // config.max_length, config.max_length, dtype=torch.int64, device=config.device)
+    flops = count_flops(lambda: masked_diffusion_loss(state.model, x0).backward())  # without the optimizer's
+    state.model.zero_grad()
     ceiling = 2 * size**3 / seconds["product"]
-    shape = f"{config.num_layers} x {config.model_dim}, {num_bytes:,} bytes per step of one micro-batch"
-    print(f"{config.device} {config.amp_dtype}, {shape}; medians")
-    gpu = torch.cuda.get_device_name(config.device) if on_cuda else ""
-    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu and config.amp_dtype == "bf16"), None)
-    rate = flops / seconds["step"]
-    of_peak = f", {rate / peak / 1e12:.0%} of the published peak" if peak else ""
-    print(f"{num_bytes / seconds['step']:,.0f} bytes/s, {seconds['step'] * 1e3:,.1f} ms per step, ", end="")
-    print(f"{rate / 1e9:,.1f} GFLOP/s, {rate / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large product{of_peak}")
-    with torch.profiler.profile() as profiler:
-        train_step()
+    print(f"{config.device} {config.amp_dtype}, {config.num_layers} x {config.model_dim}, {num_bytes:,} bytes per step")
+    rate = flops / seconds["as trained"]
+    print(f"{num_bytes / seconds['as trained']:,.0f} bytes/s, {rate / 1e9:,.1f} GFLOP/s, ", end="")
+    print(f"{rate / ceiling:.0%} of {ceiling / 1e9:,.1f} of a large product")
+    for kind in ("as trained", "not compiled"):
+        print(f"{seconds[kind] * 1e3:8,.1f} ms per step, {kind} (median of 20, in turn)")
+    parts, profiler = time_components(tasks["not compiled"], config.device)
+    total = sum(map(sum, parts.values()))
+    print(f"\n{'one step, not compiled':<24}{'forward ms':>12}{'backward ms':>13}{'share':>8}")
+    for name, (forward, backward) in parts.items():
+        print(f"{name:<24}{forward * 1e3:12.2f}{backward * 1e3:13.2f}{(forward + backward) / total:8.1%}")
     run_dir = make_run_dir(dataclasses.replace(config, name=f"profile_{config.name}"))
     profiler.export_chrome_trace(str(run_dir / "trace.json"))
-    sort_by = f"{'device' if on_cuda else 'cpu'}_time_total"
-    print(profiler.key_averages().table(sort_by, row_limit=20, max_name_column_width=40))
-    print(f"trace        {run_dir / 'trace.json'} (open it in ui.perfetto.dev)")
+    print(f"\ntrace   {run_dir / 'trace.json'} (open it in ui.perfetto.dev)")
     return 0
 
 
@@ -2037,6 +2051,9 @@ def resolve_defaults(config):
 
 
 STRATEGIES = ("low_confidence", "random")
+MODEL_FIELDS = ["model_dim", "num_layers", "num_heads", "kv_latent_dim", "ffn_dim", "conv_width", "block_length"]
+MODEL_FIELDS += ["attention", "qk_rope_head_dim", "rope_theta"]
+SAMPLING = ["block_length", "remasking", "inference_steps", "temperature", "top_p"]
 MAY_BE_ZERO = "dropout block_length next_byte_weight hole_share conv_width mask_ratio_std muon_learning_rate "
 MAY_BE_ZERO += "weight_decay warmup_steps ema_decay max_minutes inference_steps temperature num_samples seed"
 
@@ -2063,6 +2080,26 @@ def check_config(c):
     require(not 0 < c.temperature < 1e-3, "temperature", c.temperature, "0, or at least 0.001")
     is_name = re.fullmatch(r"[^/\\]+", c.name) and c.name.isprintable()
     require(is_name, "name", c.name, "a plain folder name without slashes")
+
+
+def check_sampling(model, config, response_length=0, seed=0, texts=(), ends=()):
+    """InputError: the model was not trained for what is asked of it, or would ignore a setting, or a number is none."""
+    require(seed >= 0, "seed", seed, "0 or more")
+    require(response_length >= 0, "response_length", response_length, "0 or more")
+    own, n, limit = block_length_of(model), config.block_length, config.rope_max_length_buffer
+    has_holes, longest = any(MASK in text[:end] for text, end in zip(texts, ends)), max(map(len, texts), default=0)
+    accepted = "0, or above 1 with a hole_share above 0, in the training, to fill holes with text after them"
+    require(model.fills_holes or not has_holes, "block_length", own, accepted)
+    if not own:
+        if longest > limit:  # in blocks a window slides over the text
+            found = f"prompt, response_length and suffix, {longest} bytes, exceed rope_max_length_buffer={limit}"
+            raise InputError(found + "; shorten one of them")
+        return
+    accepted = "1, as in the training" if own == 1 else "1 to 64 in blocks"
+    require(n == 1 if own == 1 else 0 < n <= 64, "block_length", n, accepted)
+    for name in ("remasking", "inference_steps"):
+        value, default = getattr(config, name), CONFIG.__dataclass_fields__[name].default
+        require(value == default, name, value, f"{default!r}, but for models that were trained with block_length=0")
 
 
 def require(condition, name, value, accepted):
@@ -2145,9 +2182,6 @@ def load_for_command(parser, fields, argv):
     return arguments, model, dataclasses.replace(config, **overrides), path, state
 
 
-SAMPLING = ["block_length", "remasking", "inference_steps", "temperature", "top_p"]
-
-
 def generate_command(argv):
     fields = [*SAMPLING, "seed", "device"]
     parser = OneLineParser("generate", "Write text after a prompt, before a suffix, or into holes.")
@@ -2162,14 +2196,13 @@ def generate_command(argv):
     arguments, model, config, path, state = load_for_command(parser, fields, argv)
     require(0 < arguments.samples <= 4096, "samples", arguments.samples, "1 to 4096")
     is_free, length = arguments.prompt is None and not arguments.suffix, arguments.response_length
-    until = "\n\n" if arguments.until is None and is_free else unescape(arguments.until or "")
+    until = "\n\n" if arguments.until is None and is_free and length != 0 else unescape(arguments.until or "")
     prompt = "\n\n" if arguments.prompt is None else arguments.prompt
     if prompt == "-":
-        with open(0, "rb", closefd=False) as standard_input:
-            prompts = [[*standard_input.read()]]
+        prompts = [[*open(0, "rb", closefd=False).read()]]  # noqa: SIM115
     else:
         prompts = holes_to_masks(prompt)
-    suffixes, progress = holes_to_masks(arguments.suffix, "suffix"), Progress(arguments.watch)
+    suffixes, on_step = holes_to_masks(arguments.suffix, "suffix"), watch if arguments.watch else None
     given = prompts[-1] + suffixes[-1]
     if length is None:
         length = 0 if MASK in given else config.max_length - len(given)
@@ -2181,13 +2214,11 @@ def generate_command(argv):
     texts = [prompt + [MASK] * length + suffix for prompt in prompts for suffix in suffixes]
     ends_open, is_filled = texts[0][-1:] == [MASK], len(texts) > 1
     require(ends_open or not until, "until", until, "left out where the text's end is given: it ends what follows")
-    if is_filled:
-        texts = best_fillings(model, texts, config, arguments.samples)[: arguments.samples]
-        if len(texts) < arguments.samples:
-            print(f"notice: {len(texts)} different fillings were drawn; --temperature 2 varies more", file=sys.stderr)
-    else:
-        texts = texts * arguments.samples
-    samples = run_conditional_diffusion_inference(model, texts, 0, config, until=os.fsencode(until), on_step=progress)
+    texts = best_fillings(model, texts, config, arguments.samples) if is_filled else texts * arguments.samples
+    texts = texts[: arguments.samples]
+    if len(texts) < arguments.samples:
+        print(f"notice: {len(texts)} different fillings were drawn; --temperature 2 varies more", file=sys.stderr)
+    samples = run_conditional_diffusion_inference(model, texts, 0, config, until=os.fsencode(until), on_step=on_step)
     for number, text in enumerate(samples):
         text = text.removeprefix("\n\n").removesuffix("\n\n") if is_free else text.removesuffix("\ufffd")  # half
         if arguments.samples > 1:

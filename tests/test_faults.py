@@ -165,8 +165,8 @@ class CertainOfWhatItSees(torch.nn.Module):
         super().__init__()
         self.nothing = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, tokens, block_length=None, **_):
-        n = block_length or tokens.shape[1]
+    def forward(self, tokens, **_):
+        n = self.block_length or tokens.shape[1]
         visible = (tokens != main.MASK).double().unflatten(1, (-1, n)).mean(dim=-1).repeat_interleave(n, dim=1)
         logits = torch.zeros(*tokens.shape, 256, dtype=torch.double)
         logits[..., ord("a")] = 6 * visible

@@ -172,7 +172,7 @@ def test_the_mask_ratios_of_a_step_are_stratified_anew_over_the_whole_batch():
     config = main.CONFIG(**{**TINY, "batch_size": 4}, gradient_accumulation_steps=5, mask_ratio_std=0.0)
     offsets, state = set(), main.TrainingState(config)
     for state.step in range(50):
-        t, scores = main.training_noise(state)
+        t, scores, *_ = main.draw_step(state)
         assert scores.shape == (20, 16)
         t = t[:, 0].sort().values
         assert (t * 20).floor().tolist() == list(range(20))

@@ -128,18 +128,20 @@ def test_bytes_are_drawn_from_the_distribution_that_temperature_and_top_p_ask_fo
     number = 60_000
     logits = torch.full((number, 256), -torch.inf)
     logits[:, 7:10] = torch.tensor([0.3, 0.5, 0.2]).log()
-    gumbel = main.to_gumbel(main.uniform_noise((number, 256), torch.Generator().manual_seed(0)))
+    gumbel = main.gumbel((number, 256), torch.Generator().manual_seed(0))
     drawn = main.draw_bytes(logits, temperature, top_p, gumbel).bincount(minlength=256) / number
     assert drawn.sum() == drawn[7:10].sum()
     torch.testing.assert_close(drawn[7:10].tolist(), expected, rtol=0, atol=0.008)
 
 
-def test_the_smallest_and_the_largest_noise_draw_possible_bytes():
+def test_the_smallest_and_the_largest_noise_draw_possible_bytes(monkeypatch):
     logits = torch.full((2, 256), -torch.inf)
     logits[:, [3, 200]] = 0.0
     uniform = torch.full((2, 256), 0.5, dtype=torch.float64)
     uniform[0, 3], uniform[1, 3] = 0.0, 1 - 2**-53
-    assert main.draw_bytes(logits, 1.0, 1.0, main.to_gumbel(uniform)).tolist() == [200, 3]
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: uniform)
+    gumbel = main.gumbel((2, 256), torch.Generator())
+    assert main.draw_bytes(logits, 1.0, 1.0, gumbel).tolist() == [200, 3]
 
 
 def test_predictions_that_are_not_numbers_still_end(model):
@@ -385,15 +387,13 @@ class Terminal(io.StringIO):
 def test_watching_redraws_in_place_and_no_byte_controls_the_terminal(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr("sys.stdout", screen)
-    view = main.Progress(is_watched=True)
-    view(torch.tensor([[65, main.MASK, 27, main.PAD]]))
-    view(torch.tensor([[65, 66, 27, main.PAD]]))
+    main.watch(torch.tensor([[65, main.MASK, 27, main.PAD]]))
+    main.watch(torch.tensor([[65, 66, 27, main.PAD]]))
     assert screen.getvalue().split("\x1b[H\x1b[2J")[1:] == ["A·\ufffd\n", "AB\ufffd\n"]
 
 
 def test_watching_shows_nothing_where_the_output_is_no_terminal(capsys):
-    for is_watched in (True, False):
-        main.Progress(is_watched)(torch.tensor([[65, main.MASK]]))
+    main.watch(torch.tensor([[65, main.MASK]]))
     assert capsys.readouterr() == ("", "")
 
 

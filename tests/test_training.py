@@ -128,6 +128,7 @@ def test_a_run_writes_what_the_readme_promises(text_folder):
         *("train/loss", "train/bits_per_byte", "train/learning_rate", "train/gradient_norm", "train/bytes_per_second"),
         *("val/bits_per_byte", "val/best_bits_per_byte", "val/final_bits_per_byte"),
         *("train/next_byte_bits_per_byte", "val/next_byte_bits_per_byte", "val/final_next_byte_bits_per_byte"),
+        *("final/steps", "final/minutes"),
     }
     assert sorted(scalars["train/loss"]) == [10, 20, 30]
     assert sorted(scalars["val/bits_per_byte"]) == [10, 20, 30]
@@ -482,8 +483,10 @@ def test_training_runs_on_a_gpu_in_every_precision(text_folder, dtype):
 
 @needs_gpu
 def test_gpu_memory_does_not_grow_over_many_steps(text_folder, monkeypatch):
-    allocated, agree = [], main.agree
-    monkeypatch.setattr(main, "agree", lambda *args: allocated.append(torch.cuda.memory_allocated()) or agree(*args))
+    allocated, step = [], main.train_step
+    monkeypatch.setattr(
+        main, "train_step", lambda *args: allocated.append(torch.cuda.memory_allocated()) or step(*args)
+    )
     train_tiny(text_folder, "--device=cuda", "--max_steps=600", "--validate_every=100")
     assert max(allocated[300:]) <= max(allocated[100:300])
 
@@ -508,6 +511,28 @@ def test_a_resumed_run_takes_a_new_weight_decay(config):
     saved = main.TrainingState(config).state_dict()
     state = main.TrainingState(main.dataclasses.replace(config, weight_decay=0.7), saved)
     assert [group["weight_decay"] for group in state.optimizers[0].param_groups] == [0.7, 0.0]
+
+
+def test_a_finished_run_tells_tensorboard_which_settings_were_changed_and_what_came_out(text_folder):
+    """As TensorBoard's HPARAMS reads them: columns from all runs, so that runs with other settings can be compared."""
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    for flags in (["--batch_size=2", "--name=a"], ["--learning_rate=0.5", "--dropout=0.1", "--name=b"]):
+        run_dir, console = train_tiny(text_folder, "--max_steps=2", *flags)
+        hparams = read_events(run_dir).PluginTagToContent("hparams")
+        assert "_hparams_/experiment" not in hparams, "TensorBoard would show the columns of this run alone"
+        start = plugin_data_pb2.HParamsPluginData.FromString(hparams["_hparams_/session_start_info"])
+        changed = {name: value.number_value for name, value in start.session_start_info.hparams.items()}
+        given = dict(flag[2:].split("=") for flag in [*TINY_FLAGS, "--max_steps=2", *flags[:-1]])
+        assert changed["model_dim"] == 32
+        assert set(changed) <= {*given, "num_samples"}
+        for flag in flags[:-1]:
+            name, value = flag[2:].split("=")
+            assert changed[name] == float(value)
+        scalars = read_scalars(run_dir)
+        assert scalars["final/steps"] == {2: 2}
+        assert 0 < scalars["final/minutes"][2] < 1
+        assert f"{scalars['val/final_bits_per_byte'][2]:.3f}" in console.splitlines()[-2]
 
 
 def test_random_weights_differ_by_seed():

@@ -253,11 +253,13 @@ class Layout:
 
 def attend(q, k, v, sees):
     """Softmax attention. On a CPU in float32: its kernel takes nearly twice as long in bf16."""
-    dtype, on_cpu = v.dtype, v.device.type == "cpu"
+    dtype, on_cpu, num_queries = v.dtype, v.device.type == "cpu", q.shape[2]
     with torch.autocast(v.device.type, enabled=False):  # which would change the precision back
         if on_cpu and dtype.itemsize == 2:
             q, k, v = q.float(), k.float(), v.float()
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees).to(dtype)
+        if num_queries == 1 and q.requires_grad:  # compiled, the gradient of one query alone is garbage (torch 2.13)
+            q = torch.cat([q, q], dim=2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees)[:, :, :num_queries].to(dtype)
 
 
 def in_parts(sees, num_clean, n, count=4):

@@ -225,7 +225,11 @@ def test_load_checkpoint_gives_the_averaged_weights_in_eval_mode(text_folder):
     assert not torch.equal(model.output.weight, state["model"]["output.weight"])
 
 
-@pytest.mark.parametrize("extra", [[], ["--amp_dtype=bf16"], ["--gradient_accumulation_steps=2", "--dropout=0.2"]])
+needs_bf16 = pytest.mark.skipif(not main.has_bf16("cpu"), reason="emulated bf16 differs from run to run")
+BF16 = pytest.param(["--amp_dtype=bf16"], marks=needs_bf16)
+
+
+@pytest.mark.parametrize("extra", [[], BF16, ["--gradient_accumulation_steps=2", "--dropout=0.2"]])
 def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_uninterrupted_one(text_folder, monkeypatch, extra):
     monkeypatch.chdir(text_folder)
     flags = [*TINY_FLAGS, "--max_steps=20", "--warmup_steps=2", "--checkpoint_every=10", "--num_samples=0", *extra]
@@ -247,7 +251,7 @@ def test_a_crashed_run_resumes_to_exactly_the_weights_of_an_uninterrupted_one(te
         for name, tensor in one[weights].items():
             assert torch.equal(tensor, two[weights][name]), (weights, name)
     logged = [read_scalars(run) for run in (whole, part)]
-    for tag in logged[0].keys() - {"train/bytes_per_second"}:
+    for tag in logged[0].keys() - {"train/bytes_per_second", "final/minutes"}:
         assert logged[0][tag] == pytest.approx(logged[1][tag], nan_ok=True), tag
 
 

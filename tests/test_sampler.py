@@ -128,7 +128,7 @@ def test_bytes_are_drawn_from_the_distribution_that_temperature_and_top_p_ask_fo
     number = 60_000
     logits = torch.full((number, 256), -torch.inf)
     logits[:, 7:10] = torch.tensor([0.3, 0.5, 0.2]).log()
-    gumbel = main.gumbel((number, 256), torch.Generator().manual_seed(0))
+    gumbel = main.draw_gumbel((number, 256), torch.Generator().manual_seed(0))
     drawn = main.draw_bytes(logits, temperature, top_p, gumbel).bincount(minlength=256) / number
     assert drawn.sum() == drawn[7:10].sum()
     torch.testing.assert_close(drawn[7:10].tolist(), expected, rtol=0, atol=0.008)
@@ -140,7 +140,7 @@ def test_the_smallest_and_the_largest_noise_draw_possible_bytes(monkeypatch):
     uniform = torch.full((2, 256), 0.5, dtype=torch.float64)
     uniform[0, 3], uniform[1, 3] = 0.0, 1 - 2**-53
     monkeypatch.setattr(torch, "rand", lambda *_, **__: uniform)
-    gumbel = main.gumbel((2, 256), torch.Generator())
+    gumbel = main.draw_gumbel((2, 256), torch.Generator())
     assert main.draw_bytes(logits, 1.0, 1.0, gumbel).tolist() == [200, 3]
 
 
